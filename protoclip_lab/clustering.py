@@ -1,0 +1,180 @@
+"""K-means over an episode's features, and prototypical back translation: pure functions of features."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protoclip_lab.randomness import derive, torch_generator
+
+# Distances held at once by the torch engine: 2**24 floats are 64 MiB.
+BLOCK_ELEMENTS = 2**24
+# How far the two halves of a split cluster move apart, as a share of each coordinate (faiss's own constant).
+SPLIT = 1 / 1024
+
+
+@dataclass
+class Clusters:
+    """What k-means found."""
+
+    labels: Tensor  # (N,) int64: nearest of `centroids`
+    centroids: Tensor  # (K, d) float32
+    sizes: Tensor  # (K,) int64
+    objective: float  # sum of squared distances of the rows to their centroids
+
+
+def kmeans(
+    features: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+    init: Tensor | None = None,
+    engine: str = "auto",
+) -> Clusters:
+    """Euclidean k-means on the features as given, all rows used, best of several restarts.
+
+    A centroid that loses its members takes over half of a large cluster (faiss's policy, kept by both
+    engines), so empty clusters are rare but possible after the last update.
+
+    Args:
+        features: (N, d), computed in float32.
+        k: number of clusters, 1 ≤ k ≤ N.
+        iterations: Lloyd iterations.
+        restarts: independent starts, the one with the lowest objective is returned; 1 when ``init`` is given.
+        seed: same seed and threads give the same bits on the CPU.
+        init: (k, d) initial centroids; None draws k distinct rows.
+        engine: "faiss" (CPU, and GPUs with the GPU build), "torch" (blocked, on the features' device), or
+            "auto": faiss, except on a GPU for which faiss has no build.
+
+    Returns:
+        :class:`Clusters` on the features' device.
+
+    Raises:
+        ValueError: k > N, k < 1, NaN or Inf among the features, or an unknown engine.
+    """
+    features = torch.as_tensor(features).detach().float().contiguous()
+    rows = len(features)
+    if not 1 <= k <= rows:
+        raise ValueError(f"k = {k} clusters cannot be made of {rows} rows: choose 1 ≤ k ≤ {rows}")
+    if not torch.isfinite(features).all():
+        bad = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
+        raise ValueError(f"row {bad} of the features to cluster holds NaN or Inf")
+    if init is not None and init.shape != (k, features.shape[1]):
+        raise ValueError(f"init has shape {tuple(init.shape)}, expected {(k, features.shape[1])}")
+    if engine == "auto":
+        engine = "torch" if features.is_cuda and not _faiss_on_gpu() else "faiss"
+    if engine not in ("faiss", "torch"):
+        raise ValueError(f"engine {engine!r} is none of 'auto', 'faiss', 'torch'")
+    run = _faiss_kmeans if engine == "faiss" else _torch_kmeans
+    labels, centroids = run(features, k, iterations, 1 if init is not None else restarts, seed, init)
+    return Clusters(labels, centroids, torch.bincount(labels, minlength=k), _objective(features, labels, centroids))
+
+
+def back_translate(labels: Tensor, features: Tensor, k: int) -> Tensor:
+    """Prototypical back translation: a teacher's clusters carried into the student's space.
+
+    ``C[j] = mean of the features whose teacher label is j``, plain means, not normalised again.
+
+    Args:
+        labels: the teacher's cluster of each sample, (N,) int64 in [0, k).
+        features: student features, (N, d).
+        k: number of clusters.
+
+    Returns:
+        C, (k, d), float32 (float64 stays); rows of empty clusters are zeros.
+
+    Raises:
+        ValueError: lengths differ, or a label lies outside [0, k).
+
+    Source: ProtoCLIP (arXiv 2206.10996), PBT.
+    """
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"{len(labels)} labels for {len(features)} features")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, outside [0, {k})")
+    features = features if features.dtype == torch.float64 else features.float()
+    sums = features.new_zeros(k, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=k).clamp(min=1).unsqueeze(1)
+
+
+def nearest(features: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid (Euclidean) of each row: (N, d), (K, d) -> (N,) int64, in blocks."""
+    half_norms = centroids.square().sum(dim=1) / 2
+    rows = max(1, BLOCK_ELEMENTS // len(centroids))
+    blocks = [torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(dim=1) for block in features.split(rows)]
+    return torch.cat(blocks)
+
+
+def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
+    # Not from the engines' own distances: those expand |x|² − 2x·c + |c|² and lose digits near a centroid.
+    rows = max(1, BLOCK_ELEMENTS // features.shape[1])
+    parts = zip(features.split(rows), labels.split(rows), strict=True)
+    return float(sum((x - centroids[y]).square().sum(dtype=torch.float64) for x, y in parts))
+
+
+def _faiss_on_gpu() -> bool:
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def _faiss_kmeans(
+    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    import faiss
+
+    # faiss brings an OpenMP pool of its own, which would otherwise ignore the caller's thread setting.
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    array = features.cpu().numpy()
+    engine = faiss.Kmeans(
+        array.shape[1],
+        k,
+        niter=iterations,
+        nredo=restarts,
+        seed=derive(seed, "kmeans") % 2**31,
+        gpu=features.is_cuda and _faiss_on_gpu(),
+        # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
+        max_points_per_centroid=-(-len(array) // k),
+        min_points_per_centroid=1,
+    )
+    engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
+    labels = engine.index.search(array, 1)[1][:, 0]
+    centroids = torch.from_numpy(np.ascontiguousarray(engine.centroids)).to(features.device)
+    return torch.from_numpy(labels).to(features.device), centroids
+
+
+def _torch_kmeans(
+    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    best = None
+    for restart in range(restarts):
+        generator = torch_generator(seed, "kmeans", restart)
+        if init is None:
+            centroids = features[torch.randperm(len(features), generator=generator)[:k].to(features.device)]
+        else:
+            centroids = init.to(features)
+        for _ in range(iterations):
+            labels = nearest(features, centroids)
+            centroids = _split_empty(back_translate(labels, features, k), torch.bincount(labels, minlength=k), generator)
+        labels = nearest(features, centroids)
+        objective = _objective(features, labels, centroids)
+        if best is None or objective < best[0]:
+            best = (objective, labels, centroids)
+    return best[1], best[2]
+
+
+def _split_empty(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """Give each empty cluster one half of a cluster drawn in proportion to its size (less one)."""
+    empty = (sizes == 0).nonzero()[:, 0].tolist()
+    sizes = sizes.double().cpu()
+    shift = 1 + SPLIT * (1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2))
+    for cluster in empty:
+        donor = int(torch.multinomial((sizes - 1).clamp(min=0), 1, generator=generator))
+        centroids[cluster] = centroids[donor] * shift
+        centroids[donor] = centroids[donor] * (2 - shift)
+        sizes[cluster] = sizes[donor] / 2
+        sizes[donor] -= sizes[cluster]
+    return centroids

@@ -1,0 +1,227 @@
+"""TrainConfig: every setting of a training, its meaning and its bounds."""
+
+import difflib
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` spelt most like ``name``."""
+    return max(names, key=lambda other: difflib.SequenceMatcher(None, str(name).lower(), str(other).lower()).ratio())
+
+
+class Settings(BaseModel):
+    """A pydantic model whose errors name the nearest valid setting or value."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, value in given.items():
+            if name not in cls.model_fields:
+                near = nearest_name(name, cls.model_fields)
+                raise ValueError(f"unknown setting {name!r} of {cls.__name__}; the nearest valid name is {near!r}")
+            cls._check_range(name, value)
+        return given
+
+    @classmethod
+    def _check_range(cls, name: str, value: Any) -> None:
+        field = cls.model_fields[name]
+        choices = [c for t in _alternatives(field.annotation) if get_origin(t) is Literal for c in get_args(t)]
+        if isinstance(value, str) and choices and value not in choices:
+            near = nearest_name(value, choices)
+            raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            for bound in field.metadata:
+                low, high = getattr(bound, "ge", None), getattr(bound, "le", None)
+                if low is not None and not value >= low:
+                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {low}")
+                if high is not None and not value <= high:
+                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {high}")
+
+
+class TeacherConfig(Settings):
+    """An external teacher: a file of features made by 02_extract_teacher, and how it teaches."""
+
+    features: str = Field(description=".npy written by 02_extract_teacher for the same table")
+    name: str = Field("", description="name in metrics; empty takes the file's folder and stem")
+    weight: float = Field(1.0, ge=0, description="weight of its two directions together")
+    temperature: float = Field(-1.0, description="softmax temperature of its soft targets; 0 or less is one-hot")
+    k: int | list[int] | None = Field(None, description="its number of prototypes; None takes the run's k")
+
+
+class TrainConfig(Settings):
+    """Every setting of a training run. Unknown or out-of-range ones raise, naming the nearest valid one."""
+
+    # --- run
+    run: str = Field("runs/default", description="run folder; an unfinished run there is resumed")
+    seed: int = Field(0, ge=0, description="every draw of the run derives from it")
+    objective: Literal["protoclip", "clip"] = Field("protoclip", description="clip trains by the alignment loss alone")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the towers")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch and faiss; None leaves torch's choice")
+    workers: int = Field(1, ge=0, description="processes that read and augment images")
+
+    # --- data
+    table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes is drawn on the spot")
+    image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
+    image_column: str = Field("filepath", description="column of image paths")
+    caption_column: str = Field("title", description="column of captions")
+    where: dict[str, Any] = Field(default_factory=dict, description="column to value; only these rows are taken")
+    dataset_size: int | None = Field(None, ge=1, description="keep the first so many pairs; None keeps all")
+    max_bad_share: float = Field(0.05, ge=0, le=1, description="stop above this share of unusable rows")
+    augmentation: Literal["plain", "light"] = Field("light", description="plain crops little, light also jitters")
+
+    # --- model
+    model: str = Field("RN-mini", description="open_clip model name, or local-dir:<folder>")
+    pretrained: str = Field("", description="open_clip tag, weights file or checkpoint folder; empty starts at random")
+    pretrained_towers: Literal["both", "image"] = Field("both", description="which towers take the pretrained weights")
+    image_size: int | None = Field(None, ge=16, description="pixels; None takes the model's own")
+    context_length: int | None = Field(None, ge=4, description="tokens; None takes the model's own")
+    text_model: str = Field("", description="Hugging Face text tower, hub name or folder; empty takes the model's own")
+    text_pretrained: bool = Field(True, description="load the weights of text_model too")
+    projection_dim: int = Field(128, ge=1, description="width of the features that are clustered")
+    projection_hidden: int = Field(2048, ge=1, description="hidden width of the projection heads")
+    projection_depth: int = Field(1, ge=0, description="hidden layers of the projection heads; 0 is one Linear")
+    lock_image: bool = Field(False, description="freeze the image tower from the start")
+    lock_image_unlocked_groups: int = Field(0, ge=0, description="last groups of a locked image tower that still learn")
+    lock_image_freeze_bn: bool = Field(True, description="a locked image tower keeps its BatchNorm statistics")
+
+    # --- episodes
+    episodes: int = Field(8, ge=1, description="number of episodes")
+    episode_size: int | None = Field(3000, ge=1, description="pairs in an episode; None takes the whole table")
+    infonce_warmup_episodes: int = Field(1, ge=0, description="first episodes by the alignment loss alone")
+    lit_start_episode: int | None = Field(None, ge=1, description="from here on image tower locked, alignment loss alone")
+
+    # --- losses
+    alignment: Literal["infonce", "siglip"] = Field("infonce", description="loss between images and texts")
+    clip_weight: float = Field(1.0, ge=0, description="weight of the alignment loss")
+    proto_weight: float = Field(1.0, ge=0, description="weight of the two internal teachers together")
+    teachers: list[TeacherConfig] = Field(default_factory=list, description="external teachers, each a dict")
+    temperature: float = Field(0.01, description="softmax temperature of the internal teachers; 0 or less is one-hot")
+
+    # --- prototypes
+    k: int | list[int] = Field(200, description="number of prototypes, or a list of numbers")
+    kmeans_iterations: int = Field(20, ge=1, description="Lloyd iterations")
+    kmeans_restarts: int = Field(3, ge=1, description="independent starts of which the best is kept")
+    kmeans_engine: Literal["auto", "faiss", "torch"] = Field("auto", description="who computes k-means")
+    back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
+    mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
+    extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
+    cluster_every: int = Field(1, ge=1, description="episodes between clusterings; between them labels are on the fly")
+
+    # --- optimisation
+    batch_size: int = Field(64, ge=2, description="pairs in a forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes in a step; the alignment loss spans all of them")
+    lr: float = Field(1e-3, ge=0, description="base learning rate")
+    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
+    text_lr: float | None = Field(None, ge=0, description="base learning rate of all but the image tower; None takes lr")
+    text_start_episode: int = Field(1, ge=1, description="first episode in which all but the image tower learns")
+    text_end_episode: int | None = Field(None, ge=1, description="episode at whose end its rate is 0; None is the last")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
+    betas: list[float] | None = Field(None, description="AdamW betas; None goes by the image tower's kind")
+    eps: float | None = Field(None, ge=0, description="AdamW eps; None goes by the image tower's kind")
+    grad_clip: float = Field(10.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+    # --- watching
+    save_every: int = Field(1, ge=1, description="episodes between checkpoints")
+    evaluate_every: int = Field(0, ge=0, description="episodes between evaluations; 0 never")
+    evaluation_sets: list[dict[str, Any]] = Field(default_factory=list, description="sets to evaluate on, each a dict")
+    draw_every: int = Field(0, ge=0, description="episodes between drawings of the features; 0 never")
+    log_every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write TensorBoard files into the run folder")
+    wandb: str = Field("", description="Weights & Biases project to log to; empty does not")
+
+    @field_validator("k")
+    @classmethod
+    def _k_at_least_one(cls, k: int | list[int]) -> int | list[int]:
+        ks = k if isinstance(k, list) else [k]
+        if not ks or min(ks) < 1:
+            raise ValueError(f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in ks] or [1]}")
+        return k
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> "TrainConfig":
+        step = self.batch_size * self.accumulation
+        if self.episode_size is not None and self.episode_size < step:
+            raise ValueError(
+                f"episode_size = {self.episode_size} is smaller than a step of {step} pairs "
+                f"(batch_size {self.batch_size} x accumulation {self.accumulation}): nothing would be learnt"
+            )
+        if self.objective == "protoclip":
+            if self.teachers and not self.back_translation:
+                raise ValueError("external teachers need back_translation: their centroids lie in another space")
+            if self.episode_size is not None:
+                for k in [k for teacher in self.teacher_ks().values() for k in teacher]:
+                    if k > self.episode_size:
+                        raise ValueError(
+                            f"k = {k} is more than episode_size = {self.episode_size}; the nearest valid value is "
+                            f"{self.episode_size}"
+                        )
+        if self.lit_start_episode is not None and self.lit_start_episode <= self.infonce_warmup_episodes:
+            if self.objective == "protoclip":
+                raise ValueError(
+                    f"lit_start_episode = {self.lit_start_episode} leaves no episode for prototypes after "
+                    f"infonce_warmup_episodes = {self.infonce_warmup_episodes}"
+                )
+        if self.text_end_episode is not None and self.text_end_episode < self.text_start_episode:
+            raise ValueError(f"text_end_episode = {self.text_end_episode} lies before text_start_episode")
+        if self.evaluate_every and not self.evaluation_sets:
+            raise ValueError("evaluate_every is set but evaluation_sets is empty: name what to evaluate on")
+        names = self.teacher_names()
+        if len({*names, "image", "text"}) < len(names) + 2:
+            raise ValueError(f"teacher names {names} must differ from each other and from 'image' and 'text'")
+        return self
+
+    def teacher_names(self) -> list[str]:
+        """The external teachers' names, in order."""
+        return [t.name or f"{Path(t.features).resolve().parent.name}_{Path(t.features).stem}" for t in self.teachers]
+
+    def teacher_ks(self) -> dict[str, list[int]]:
+        """Numbers of prototypes by teacher: "image", "text" (with a positive proto_weight) and the external ones."""
+        own = ["image", "text"] if self.proto_weight > 0 else []
+        given = {name: self.k for name in own}
+        given |= {name: t.k or self.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
+        return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _parameter_line(name: str) -> str:
+    field = TrainConfig.model_fields[name]
+    kind = _alternatives(field.annotation)[0]
+    kind = get_origin(kind) or kind
+    kind = "str" if kind is Literal else kind.__name__
+    return f"{name} = {field.get_default(call_default_factory=True)!r}  # type: {kind} {field.description}"
+
+
+def parameters_cell() -> str:
+    """The source of notebook 03's parameters cell: one line a setting, as papermill's ``--help-notebook`` reads it."""
+    return "\n".join(_parameter_line(name) for name in TrainConfig.model_fields)
+
+
+def write_parameters_cell(notebook: str | Path) -> None:
+    """Replace the source of the cell tagged ``parameters`` by :func:`parameters_cell`."""
+    import nbformat
+
+    document = nbformat.read(notebook, as_version=4)
+    cells = [c for c in document.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f"{notebook} has {len(cells)} cells tagged 'parameters', expected 1")
+    cells[0].source = parameters_cell()
+    nbformat.write(document, notebook)
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_parameters_cell(sys.argv[1])

@@ -1,0 +1,1 @@
+"""Where pairs and labelled sets come from."""

@@ -1,0 +1,73 @@
+"""Batches of pairs: the method's two augmentations, and crops that depend on nothing but what they are for."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from protoclip_lab.data.pairs import Pairs
+from protoclip_lab.randomness import derive, torch_generator
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def augmentation(name: str, size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """The training transform, PIL RGB -> (3, size, size) float32: "plain" (as CLIP) or "light" (as ProtoCLIP).
+
+    Source: ProtoCLIP (arXiv 2206.10996), section on augmentation.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if name == "plain":
+        random = [v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
+    elif name == "light":
+        random = [
+            v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(21)], p=0.2),
+        ]
+    else:
+        raise ValueError(f"augmentation {name!r} is neither 'plain' nor 'light'")
+    return v2.Compose([*random, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+class Batches(Dataset):
+    """``batches[rows]`` -> images (B, 3, H, W) float32 and tokens (B, L) int64 of these rows of the table.
+
+    Each image's crop is drawn from a generator made on the spot from (seed, purpose, episode, row), so neither
+    the order of the rows nor the process that reads them can change it.
+    """
+
+    def __init__(
+        self, pairs: Pairs, transform: Transform, tokenizer: Callable, *, seed: int, purpose: str, episode: int
+    ) -> None:
+        self.pairs = pairs
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.key = (seed, purpose, episode)
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = []
+        with torch.random.fork_rng(devices=[]):
+            for row in rows:
+                # torchvision draws from the global generator: it is seeded for this one image, and put back after.
+                torch.default_generator.manual_seed(derive(*self.key, row))
+                images.append(self.transform(self.pairs.image(row)))
+        return torch.stack(images), self.tokenizer([self.pairs.caption(row) for row in rows])
+
+    def loader(self, batches: Sequence[np.ndarray], *, workers: int, pin_memory: bool = False) -> DataLoader:
+        """A loader over the given batches of row numbers, in order."""
+        return DataLoader(
+            self,
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            # Or the loader would draw its workers' base seed from the global generator.
+            generator=torch_generator(*self.key),
+        )

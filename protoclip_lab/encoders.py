@@ -1,0 +1,298 @@
+"""Two towers from open_clip with projection heads: made, run over data, saved and loaded."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from protoclip_lab.config import TrainConfig, nearest_name
+from protoclip_lab.randomness import derive
+
+WEIGHTS = "open_clip_model.safetensors"
+HEADS = "heads.safetensors"
+INITIAL_SCALE = math.log(1 / 0.07)
+MAX_SCALE = math.log(100)
+
+
+class Outputs(NamedTuple):
+    """What the towers and heads make of a batch; None for what was not asked for. All L2-normalised, float32."""
+
+    image: Tensor | None  # z_I (B, embed)
+    text: Tensor | None  # z_T (B, embed)
+    image_projection: Tensor | None  # h_I (B, projection_dim)
+    text_projection: Tensor | None  # h_T (B, projection_dim)
+
+
+class TwoTowers(nn.Module):
+    """An open_clip model with a projection head on each tower and the prototype loss's own scale.
+
+    Attributes:
+        clip: the open_clip model; saved so that open_clip loads it as is.
+        image_head, text_head: heads on the towers' outputs before normalisation; None without prototypes,
+            and then h is z.
+        logit_scale_proto: log of the inverse temperature of the prototype loss.
+        tokenizer: captions -> (B, context_length) int64.
+        eval_transform: PIL image -> (3, H, W) float32.
+    """
+
+    def __init__(self, clip: nn.Module, model_cfg: dict, tokenizer: Callable, heads: dict | None) -> None:
+        super().__init__()
+        self.clip = clip
+        self.model_cfg = model_cfg
+        self.tokenizer = tokenizer
+        self.eval_transform = _transform(clip)
+        self.head_cfg = heads
+        self.image_head = projection_head(**heads) if heads else None
+        self.text_head = projection_head(**heads) if heads else None
+        if heads:
+            # Both heads start from the same weights: the two spaces begin comparable.
+            self.text_head.load_state_dict(self.image_head.state_dict())
+        self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_SCALE)) if heads else None
+
+    def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Outputs:
+        """Images (B, 3, H, W) float32 and tokens (B, L) int64 -> :class:`Outputs`."""
+        z_image = h_image = z_text = h_text = None
+        if images is not None:
+            z_image, h_image = self._features(self.clip.encode_image(images), self.image_head)
+        if tokens is not None:
+            z_text, h_text = self._features(self.clip.encode_text(tokens), self.text_head)
+        return Outputs(z_image, z_text, h_image, h_text)
+
+    @staticmethod
+    def _features(embedding: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor]:
+        z = F.normalize(embedding.float(), dim=-1)
+        return z, z if head is None else F.normalize(head(embedding).float(), dim=-1)
+
+    def clamp_scales(self) -> None:
+        """Keep exp(scale) in [1, 100], after each step."""
+        with torch.no_grad():
+            for scale in (self.clip.logit_scale, self.logit_scale_proto):
+                if scale is not None:
+                    scale.clamp_(0, MAX_SCALE)
+
+
+def projection_head(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
+    """Linear → BatchNorm → ReLU, ``depth`` times, then Linear: (B, width) -> (B, out). Depth 0 is one Linear."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, out))
+
+
+def create(config: TrainConfig) -> TwoTowers:
+    """The model of a training run at its start: random or pretrained towers, fresh heads, drawn from the run's seed.
+
+    Raises:
+        ValueError: unknown model (the nearest name is given), or an image tower that cannot be partly locked.
+    """
+    import open_clip
+
+    register_models()
+    cfg = open_clip.get_model_config(config.model)
+    if cfg is None:
+        near = nearest_name(config.model, open_clip.list_models())
+        raise ValueError(f"model {config.model!r} is not known to open_clip; the nearest name is {near!r}")
+    if config.image_size:
+        cfg["vision_cfg"]["image_size"] = config.image_size
+    if config.text_model:
+        name = str(Path(config.text_model).absolute()) if Path(config.text_model).is_dir() else config.text_model
+        length = config.context_length or 77
+        text_cfg = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler"}
+        cfg["text_cfg"] = text_cfg | {"context_length": length, "hf_model_pretrained": config.text_pretrained}
+        cfg["custom_text"] = True
+    elif config.context_length:
+        cfg["text_cfg"]["context_length"] = config.context_length
+    if config.alignment == "siglip":
+        cfg["init_logit_scale"] = math.log(10)
+        cfg["init_logit_bias"] = -10.0
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(config.seed, "weights"))
+        whole = config.pretrained if config.pretrained_towers == "both" else None
+        clip = _create_clip(config.model, cfg, whole)
+        if config.pretrained and config.pretrained_towers == "image":
+            donor = _create_clip(config.model, open_clip.get_model_config(config.model), config.pretrained)
+            clip.visual.load_state_dict(donor.visual.state_dict())
+        heads = None
+        if config.objective == "protoclip":
+            sizes = {"hidden": config.projection_hidden, "out": config.projection_dim, "depth": config.projection_depth}
+            heads = {"width": cfg["embed_dim"], **sizes}
+        model = TwoTowers(clip, cfg, _tokenizer(cfg, config.model), heads)
+    if config.lock_image:
+        _lock_image(clip, config)
+    return model
+
+
+def save(model: TwoTowers, folder: Path) -> None:
+    """Write towers (as open_clip reads them), tokenizer and heads into ``folder``; :func:`load` reads them back."""
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_model
+
+    save_config_for_hf(model.clip, folder / "open_clip_config.json", model.model_cfg)
+    save_model(model.clip, str(folder / WEIGHTS))
+    if "hf_model_name" in model.model_cfg["text_cfg"]:
+        # open_clip looks for a Hugging Face tokenizer in the checkpoint's own folder.
+        model.tokenizer.tokenizer.save_pretrained(folder)
+        model.clip.text.config.save_pretrained(folder)
+    heads = {"heads": model.head_cfg}
+    (folder / "heads.json").write_text(json.dumps(heads))
+    if model.head_cfg:
+        from safetensors.torch import save_file
+
+        save_file(_head_state(model), str(folder / HEADS))
+
+
+def load(path: str | Path) -> TwoTowers:
+    """A checkpoint folder -> the model with towers and heads, in eval mode on the CPU.
+
+    Any folder that open_clip's ``local-dir:`` reads will do; without heads beside it, h is z.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+    """
+    folder = Path(path)
+    if not (folder / "open_clip_config.json").exists():
+        raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
+    cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    name = f"local-dir:{folder}"
+    heads = None
+    if (folder / "heads.json").exists():
+        heads = json.loads((folder / "heads.json").read_text())["heads"]
+    with torch.random.fork_rng():
+        model = TwoTowers(_create_clip(name, cfg, None), cfg, _tokenizer(cfg, name), heads)
+    if heads:
+        _load_heads(model, folder)
+    return model.eval()
+
+
+def restore(model: TwoTowers, folder: Path) -> None:
+    """Put a checkpoint's weights into a model made by :func:`create` with the same settings."""
+    from safetensors.torch import load_model
+
+    load_model(model.clip, str(folder / WEIGHTS))
+    if model.head_cfg:
+        _load_heads(model, folder)
+
+
+def register_models() -> None:
+    """Make our small configurations known to open_clip by name."""
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / "model_configs")
+
+
+def encode_images(
+    model: TwoTowers,
+    images: Sequence[Image.Image],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """Image features z_I of an indexable of PIL images, (N, embed) float32 on the CPU, in eval mode."""
+    loader = torch.utils.data.DataLoader(
+        _Transformed(images, model.eval_transform), batch_size, num_workers=workers, shuffle=False
+    )
+    batches = tqdm(loader, desc="encoding images", disable=not progress, mininterval=2, leave=False)
+    return _encode(model, batches, lambda batch: model(images=batch).image)
+
+
+def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
+    """Text features z_T of captions, (N, embed) float32 on the CPU, in eval mode."""
+    captions = list(captions)
+    starts = range(0, len(captions), batch_size)
+    bar = tqdm(starts, desc="encoding captions", disable=not progress, mininterval=2, leave=False)
+    batches = (model.tokenizer(captions[start : start + batch_size]) for start in bar)
+    return _encode(model, batches, lambda batch: model(tokens=batch).text)
+
+
+@torch.no_grad()
+def _encode(model: TwoTowers, batches: Any, features: Callable[[Tensor], Tensor]) -> Tensor:
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        found = [features(batch.to(device)).cpu() for batch in batches]
+    finally:
+        model.train(training)
+    return torch.cat(found) if found else torch.empty(0, model.model_cfg["embed_dim"])
+
+
+class _Transformed(torch.utils.data.Dataset):
+    def __init__(self, images: Sequence[Image.Image], transform: Callable) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self.images[index])
+
+
+def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:
+    import open_clip
+
+    if pretrained and os.path.isdir(pretrained):
+        weights = Path(pretrained) / WEIGHTS
+        if not weights.exists():
+            raise FileNotFoundError(f"pretrained = {pretrained!r} is a folder without {WEIGHTS}")
+        pretrained = str(weights)
+    overrides = {key: value for key, value in cfg.items() if key != "custom_text"}
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are what was asked for
+    try:
+        # The whole configuration goes in as overrides: what is saved is then what was built.
+        return open_clip.create_model(
+            name, pretrained=pretrained or None, force_custom_text=cfg.get("custom_text", False), **overrides
+        )
+    finally:
+        logging.disable(previous)
+
+
+def _tokenizer(cfg: dict, name: str) -> Callable:
+    import open_clip
+
+    text = cfg["text_cfg"]
+    length = text.get("context_length", 77)
+    if "hf_tokenizer_name" in text and not name.startswith("local-dir:"):
+        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length)
+    return open_clip.get_tokenizer(name, context_length=length)
+
+
+def _transform(clip: nn.Module) -> Callable:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+
+
+def _lock_image(clip: nn.Module, config: TrainConfig) -> None:
+    try:
+        clip.lock_image_tower(
+            unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=config.lock_image_freeze_bn
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"lock_image_unlocked_groups = {config.lock_image_unlocked_groups}: open_clip cannot lock a part of the image "
+            f"tower of {config.model!r}, only the whole; the nearest valid value is 0, or take a ViT"
+        ) from error
+
+
+def _load_heads(model: TwoTowers, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    missing, unexpected = model.load_state_dict(load_file(folder / HEADS), strict=False)
+    if unexpected or any(not name.startswith("clip.") for name in missing):
+        raise ValueError(f"{folder / HEADS} does not fit its heads.json: {unexpected or missing}")
+
+
+def _head_state(model: TwoTowers) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}

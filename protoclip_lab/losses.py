@@ -1,0 +1,130 @@
+"""The prototype loss: pure functions of features. The alignment losses are open_clip's ClipLoss and SigLipLoss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of the (K, K) teacher distribution held at once by `expected_prototypes`: 2**24 floats are 64 MiB.
+BLOCK_ELEMENTS = 2**24
+
+
+def prototype_loss(
+    features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of student features against soft prototype targets, in its contracted form.
+
+    ``L = mean(logsumexp_k(s h·C_k) − s h·M[y])``. It equals the cross-entropy with the soft target
+    ``p = softmax(T[y] Tᵀ/τ)`` because ``Σ_k p_k (s h·C_k) = s h·(Σ_k p_k C_k) = s h·M[y]``.
+
+    Args:
+        features: h, student features, (B, d); computed in float32 whatever their dtype (float64 stays).
+        centroids: C, prototypes in the student's space, (K, d).
+        targets: M[y], the expected prototype of each sample, (B, d); see :func:`expected_prototypes`.
+        scale: s, the inverse temperature, a scalar tensor or a number.
+        occupied: (K,) bool; clusters without members take no part. None lets every row compete.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        ValueError: shapes that do not fit, or no cluster is occupied.
+
+    Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6; the contraction is ours.
+    """
+    if targets.shape != features.shape or centroids.shape[1:] != features.shape[1:]:
+        raise ValueError(
+            f"features {tuple(features.shape)}, targets {tuple(targets.shape)} and centroids "
+            f"{tuple(centroids.shape)} do not fit: expected (B, d), (B, d) and (K, d)"
+        )
+    features, centroids, targets = _at_least_float32(features, centroids, targets)
+    logits = scale * features @ centroids.T
+    logits = _mask(logits, occupied)
+    return (torch.logsumexp(logits, dim=1) - scale * (features * targets).sum(dim=1)).mean()
+
+
+def prototype_loss_reference(
+    features: Tensor,
+    centroids: Tensor,
+    teacher_centroids: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    temperature: float,
+    *,
+    occupied: Tensor | None = None,
+) -> Tensor:
+    """The prototype loss as the paper writes it: slow, and what the fast form is tested against.
+
+    ``p = softmax(T[y] Tᵀ/τ)`` (one-hot at y for τ ≤ 0), ``L = −Σ_k p_k log softmax(s h Cᵀ)_k``, mean over the batch.
+
+    Args:
+        features: h, (B, d).
+        centroids: C, (K, d).
+        teacher_centroids: T, (K, d_teacher).
+        labels: y, the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
+        scale: s, a scalar tensor or a number.
+        temperature: τ of the teacher's softmax.
+        occupied: (K,) bool; the other clusters leave both softmaxes.
+
+    Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6.
+    """
+    features, centroids, teacher_centroids = _at_least_float32(features, centroids, teacher_centroids)
+    if occupied is None:
+        occupied = torch.ones(len(centroids), dtype=torch.bool, device=centroids.device)
+    # Dropping the columns, rather than masking them, leaves no -inf for 0 · -inf to turn into NaN.
+    column = torch.cumsum(occupied, 0) - 1
+    if temperature <= 0:
+        target = F.one_hot(column[labels], int(occupied.sum())).to(features.dtype)
+    else:
+        target = F.softmax(teacher_centroids[labels] @ teacher_centroids[occupied].T / temperature, dim=1)
+    log_student = F.log_softmax(scale * features @ centroids[occupied].T, dim=1)
+    return -(target * log_student).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def expected_prototypes(
+    teacher_centroids: Tensor, centroids: Tensor, temperature: float, *, occupied: Tensor | None = None
+) -> Tensor:
+    """Mean student prototype under the teacher's soft assignment, one row per cluster.
+
+    ``M = softmax(T Tᵀ / τ) C``. A soft target depends on a sample only through its label, so a training
+    step needs ``M[label]`` and never the (batch, K) teacher distribution. Made in blocks of rows: memory is
+    O(K d), not O(K²).
+
+    Args:
+        teacher_centroids: T, (K, d_teacher).
+        centroids: C, the same clusters in the student's space, (K, d).
+        temperature: τ; at or below 0 the target is one-hot and M is C itself.
+        occupied: (K,) bool; clusters without members take no part. Their own rows of M are never asked for.
+
+    Returns:
+        M, (K, d), in the dtype of ``centroids``.
+
+    Raises:
+        ValueError: K differs between the two, or no cluster is occupied.
+
+    Source: ProtoCLIP (arXiv 2206.10996), soft prototype targets; the contraction with C is ours.
+    """
+    if len(teacher_centroids) != len(centroids):
+        raise ValueError(f"{len(teacher_centroids)} teacher centroids but {len(centroids)} student prototypes")
+    if occupied is not None and not occupied.any():
+        raise ValueError("no cluster is occupied: there is nothing to teach")
+    if temperature <= 0:
+        return centroids
+    teacher, student = _at_least_float32(teacher_centroids, centroids)
+    rows = max(1, BLOCK_ELEMENTS // len(teacher))
+    blocks = [
+        F.softmax(_mask(block @ teacher.T / temperature, occupied), dim=1) @ student for block in teacher.split(rows)
+    ]
+    return torch.cat(blocks).to(centroids.dtype)
+
+
+def _mask(logits: Tensor, occupied: Tensor | None) -> Tensor:
+    if occupied is None:
+        return logits
+    if not occupied.any():
+        raise ValueError("no cluster is occupied: there is nothing to teach")
+    return logits.masked_fill(~occupied, -torch.inf)
+
+
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)

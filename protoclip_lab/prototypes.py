@@ -1,0 +1,135 @@
+"""An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from protoclip_lab import clustering, losses
+from protoclip_lab.clustering import Clusters
+from protoclip_lab.randomness import derive
+
+STUDENTS = ("image", "text")
+
+
+@dataclass
+class Teacher:
+    """How one teacher teaches: its name, how finely it clusters, how softly, and how much it counts."""
+
+    name: str  # "image" | "text" | name of an external teacher
+    ks: Sequence[int]  # prototypes at several granularities: each direction is the mean over them
+    temperature: float  # τ of the soft target; ≤ 0 means one-hot
+    weight: float  # of each of its directions, before the mean over ks
+
+
+@dataclass
+class Prototypes:
+    """What one teacher's clustering asks of one student tower."""
+
+    student: str  # "image" | "text"
+    teacher: str  # "text" | "image" | name of an external teacher
+    labels: Tensor  # (N,) the teacher's cluster of each sample of the episode
+    teacher_centroids: Tensor  # (K, d_t) T
+    centroids: Tensor  # (K, d) C, back-translated
+    targets: Tensor  # (K, d) M, expected prototypes
+    occupied: Tensor | None  # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
+    weight: float
+    carried: bool = False  # made in an earlier episode: the stored labels are of other samples
+
+    @property
+    def name(self) -> str:
+        """For metrics: teacher, student and number of prototypes."""
+        return f"{self.teacher}_to_{self.student}_{len(self.centroids)}"
+
+    def labels_of(self, positions: Tensor, teacher_features: Tensor | None = None) -> Tensor:
+        """The teacher's cluster of the samples at these positions of the episode, (B,).
+
+        Stored labels; where the prototypes come from an earlier episode, the nearest occupied teacher centroid
+        of ``teacher_features``, (B, d_t), the teacher's present features of these samples.
+        """
+        if not self.carried:
+            return self.labels[positions]
+        if self.occupied is None:
+            return clustering.nearest(teacher_features, self.teacher_centroids)
+        occupied = self.occupied.nonzero()[:, 0]
+        return occupied[clustering.nearest(teacher_features, self.teacher_centroids[occupied])]
+
+    def loss(self, features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """The prototype loss of student ``features`` (B, d) whose teacher labels are ``labels`` (B,)."""
+        return losses.prototype_loss(features, self.centroids, self.targets[labels], scale, occupied=self.occupied)
+
+    @torch.no_grad()
+    def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Share of features whose nearest prototype (by inner product) is the teacher's."""
+        logits = features @ self.centroids.T
+        if self.occupied is not None:
+            logits = logits.masked_fill(~self.occupied, -torch.inf)
+        return (logits.argmax(dim=1) == labels).float().mean()
+
+
+def construct(
+    features: Mapping[str, Tensor],
+    teachers: Sequence[Teacher],
+    *,
+    seed: int,
+    iterations: int = 20,
+    restarts: int = 1,
+    engine: str = "auto",
+    back_translation: bool = True,
+    mask_empty: bool = True,
+) -> tuple[list[Prototypes], dict[str, Clusters]]:
+    """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
+
+    Internal teachers ("image", "text") teach the other tower; external ones teach both.
+
+    Args:
+        features: by name: "image" and "text" hold the students' (N, d) projected features h, other names an
+            external teacher's (N, d_t) stored features, all of the same N samples.
+        teachers: who teaches.
+        seed: of this episode's clustering; each teacher and k draws its own.
+        back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
+        mask_empty: keep empty clusters out of both softmaxes.
+
+    Returns:
+        One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
+
+    Raises:
+        ValueError: an external teacher without back translation.
+    """
+    records, clusters = [], {}
+    for teacher in teachers:
+        internal = teacher.name in STUDENTS
+        if not internal and not back_translation:
+            raise ValueError(
+                f"teacher {teacher.name!r} is external: its centroids lie in another space, so it needs back_translation"
+            )
+        students = [s for s in STUDENTS if s != teacher.name]
+        for k in teacher.ks:
+            found = clustering.kmeans(
+                features[teacher.name],
+                k,
+                iterations=iterations,
+                restarts=restarts,
+                seed=derive(seed, "clusters of", teacher.name, k),
+                engine=engine,
+            )
+            clusters[f"{teacher.name}_{k}"] = found
+            occupied = found.sizes > 0 if mask_empty else None
+            for student in students:
+                centroids = found.centroids
+                if back_translation:
+                    centroids = clustering.back_translate(found.labels, features[student], k)
+                targets = losses.expected_prototypes(
+                    found.centroids, centroids, teacher.temperature, occupied=occupied
+                )
+                weight = teacher.weight / len(teacher.ks)
+                records.append(
+                    Prototypes(student, teacher.name, found.labels, found.centroids, centroids, targets, occupied, weight)
+                )
+    return records, clusters
+
+
+def carry(records: Sequence[Prototypes]) -> list[Prototypes]:
+    """The same prototypes for an episode of other samples: labels become a matter of the nearest centroid."""
+    return [replace(record, carried=True) for record in records]

@@ -1,0 +1,224 @@
+"""The run directory: config, metrics, checkpoints, and what an interrupted run needs to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protoclip_lab.config import TrainConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# These may change when a run is resumed: none has a say in weights or metrics.
+FREE = {"workers", "save_every", "tensorboard", "wandb", "run", "draw_every"}
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "faiss-cpu", "faiss-gpu", "accelerate", "datasets", "numpy")
+CHECKSUMS = "checksums.json"
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """A run directory.
+
+    ``config.json``, ``environment.json`` (versions, commit, ``uncommitted.diff`` beside it), ``metrics.jsonl``,
+    ``evaluation.jsonl``, ``checkpoints/episode_000N/`` and, at the end, ``finished.json``.
+
+    Raises:
+        FileNotFoundError: there is no run at ``path``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").exists():
+            raise FileNotFoundError(
+                f"{self.path.absolute()} is not a run: it has no config.json. Train one with 03_train, or name its folder."
+            )
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> Run:
+        """The run of this config, new or already there.
+
+        Raises:
+            ValueError: the folder holds a run with other settings; they are named with both values.
+        """
+        path = Path(config.run)
+        file = path / "config.json"
+        wanted = config.model_dump(mode="json")
+        if file.exists():
+            found = TrainConfig(**json.loads(file.read_text())).model_dump(mode="json")
+            other = {k: (found[k], v) for k, v in wanted.items() if k not in FREE and found[k] != v}
+            if other:
+                listed = ", ".join(f"{k} = {there!r} there, {asked!r} asked for" for k, (there, asked) in other.items())
+                raise ValueError(f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+        if not (path / "environment.json").exists():
+            write_json(path / "environment.json", _environment(path))
+        return cls(path)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings."""
+        return TrainConfig(**json.loads((self.path / "config.json").read_text()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last episode is done."""
+        return (self.path / "finished.json").exists()
+
+    def metrics(self, *, kind: str | None = None) -> pd.DataFrame:
+        """One row for each logged step and each episode; ``kind`` "step" or "episode" takes only those."""
+        rows = _read_rows(self.path / "metrics.jsonl")
+        return _frame([row for row in rows if kind in (None, row["kind"])])
+
+    def evaluations(self) -> pd.DataFrame:
+        """Rows of (episode, dataset, measure, value)."""
+        return _frame(_read_rows(self.path / "evaluation.jsonl"))
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoint folders, oldest first."""
+        return sorted(p for p in (self.path / "checkpoints").glob("episode_*") if (p / CHECKSUMS).exists())
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose files match their checksums; damaged ones are passed over with a warning."""
+        for folder in reversed(self.checkpoints()):
+            damaged = damaged_files(folder)
+            if not damaged:
+                return folder
+            log.warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
+        return None
+
+    def append(self, file: str, row: Mapping[str, Any]) -> None:
+        """Add one row to a ``.jsonl`` file of the run."""
+        with (self.path / file).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def truncate(self, episode: int) -> None:
+        """Drop what was logged after an episode: the resumed run writes it again."""
+        for file in ("metrics.jsonl", "evaluation.jsonl"):
+            kept = [row for row in _read_rows(self.path / file) if row["episode"] <= episode]
+            write_text(self.path / file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def save(self, episode: int, write: Callable[[Path], None]) -> Path:
+        """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last."""
+        final = self.path / "checkpoints" / f"episode_{episode:04d}"
+        staging = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write(staging)
+        sums = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
+        write_json(staging / CHECKSUMS, sums)
+        for name in [*sums, "."]:
+            _sync(staging / name)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        _sync(final.parent)
+        return final
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run as done."""
+        write_json(self.path / "finished.json", facts)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            RuntimeError: another process trains this run.
+        """
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(f"{self.path.absolute()} is being trained by another process") from error
+            yield
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Files of a checkpoint that are missing or differ from their checksum."""
+    sums = json.loads((folder / CHECKSUMS).read_text())
+    return [name for name, wanted in sums.items() if not (folder / name).exists() or _sha256(folder / name) != wanted]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new, never half of one."""
+    write_text(path, json.dumps(value, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new, never half of one."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_text(text)
+    _sync(staging)
+    staging.replace(path)
+
+
+def _read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    # What follows the last newline was cut off by a kill in mid-write.
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    source = Path(__file__).parent
+    commit = _git(source, "rev-parse", "HEAD")
+    if commit:
+        (path / "uncommitted.diff").write_text(_git(source, "diff", "HEAD") or "")
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "packages": versions,
+        "commit": (commit or "").strip() or None,
+        "command": sys.argv,
+    }
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,616 @@
+"""The episode loop: extract, construct prototypes, learn."""
+
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from open_clip.loss import ClipLoss, SigLipLoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from protoclip_lab import clustering, encoders, prototypes, teachers
+from protoclip_lab.config import TrainConfig
+from protoclip_lab.data import shapes
+from protoclip_lab.data.batches import Batches, augmentation
+from protoclip_lab.data.episodes import Episodes
+from protoclip_lab.data.pairs import BAD_ROWS, Pairs, prepare
+from protoclip_lab.encoders import Outputs, TwoTowers
+from protoclip_lab.prototypes import Prototypes, Teacher
+from protoclip_lab.randomness import derive
+from protoclip_lab.runs import Run, write_json
+
+# Pairs in the picture that `draw_every` makes.
+DRAWN = 1000
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def train(config: TrainConfig | Mapping[str, Any]) -> Run:
+    """Train as the config says and return the run.
+
+    A run that is there and unfinished is resumed from its last good checkpoint, to the same result (bit for bit
+    on a CPU at the same thread count); one that is finished is returned as it is.
+
+    Raises:
+        ValueError: the run folder holds a run with other settings, or data, teachers and settings do not fit.
+        NonFiniteLoss: names the step, the episode and the last good checkpoint.
+    """
+    config = TrainConfig.model_validate(config)
+    run = Run.create(config)
+    if not run.finished:
+        with run.locked():
+            _Trainer(config, run).fit()
+    return run
+
+
+def open_pairs(config: TrainConfig, folder: Path) -> Pairs:
+    """The pairs a config trains on, prepared under ``folder`` unless its table is prepared already."""
+    table, image_root, where = config.table, config.image_root, config.where
+    if table == "shapes":
+        table = shapes.write(folder.parent / "shapes", 6000)
+        image_root, where = table.with_name("images.tar"), where or {"split": "train"}
+    return prepare(
+        table,
+        folder / "pairs",
+        image_root=image_root,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        where=where,
+        dataset_size=config.dataset_size,
+        max_bad_share=config.max_bad_share,
+    )
+
+
+def learning_rate(step: int, base: float, start: int, end: int, warmup: int) -> float:
+    """Linear warm-up, then cosine to 0 at ``end``; 0 outside [start, end).
+
+    Args:
+        step: optimiser steps done, from 0.
+        start, end: the schedule's span in steps.
+        warmup: steps of warm-up, cut to the span.
+    """
+    if not start <= step < end:
+        return 0.0
+    warmup = min(warmup, end - start)
+    if step - start < warmup:
+        return base * (step - start + 1) / warmup
+    return base * 0.5 * (1 + math.cos(math.pi * (step - start - warmup) / (end - start - warmup)))
+
+
+def parameter_groups(model: TwoTowers, weight_decay: float) -> list[dict]:
+    """AdamW groups: image tower and the rest, each with and without weight decay.
+
+    Without: fewer than two dimensions, logit scales, projection heads.
+    """
+    groups: dict[tuple[str, bool], list] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        tower = "image" if name.startswith("clip.visual.") else "rest"
+        decayed = parameter.ndim >= 2 and "logit_" not in name and name.startswith("clip.")
+        groups[tower, decayed].append(parameter)
+    return [
+        {"params": params, "tower": tower, "weight_decay": weight_decay if decayed else 0.0}
+        for (tower, decayed), params in groups.items()
+    ]
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, run: Run) -> None:
+        self.config = config
+        self.run = run
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.accelerator = _accelerator(config)
+        self.device = self.accelerator.device
+        self.pairs = open_pairs(config, run.path)
+        shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
+        self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
+        self.steps = self.episodes.size // (config.batch_size * config.accumulation)
+        if not self.steps:
+            raise ValueError(
+                f"an episode of {self.episodes.size} pairs is smaller than a step of "
+                f"{config.batch_size * config.accumulation}: nothing would be learnt. Lower batch_size."
+            )
+        self.teachers, self.external = self._teachers()
+        self.records: list[Prototypes] = []
+        self.first = 1
+        checkpoint = run.latest
+        # A resumed run fetches no pretrained weights: its own replace them.
+        fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
+        model = encoders.create(config.model_copy(update=fresh))
+        if checkpoint is not None:
+            encoders.restore(model, checkpoint)
+        vit = not hasattr(model.clip.visual, "layer1")
+        betas = config.betas or ((0.9, 0.98) if vit else (0.9, 0.999))
+        eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.fused = self.device.type in ("cpu", "cuda")
+        groups = parameter_groups(model.to(self.device), config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=self.fused)
+        self.bare = model
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
+        preprocess = model.clip.visual.preprocess_cfg
+        size = preprocess["size"][0] if isinstance(preprocess["size"], list | tuple) else preprocess["size"]
+        self.augment = augmentation(config.augmentation, size, preprocess["mean"], preprocess["std"])
+        self.sets = None
+        if config.evaluate_every:
+            from protoclip_lab.evaluation import suite
+
+            # Checked now: a mistyped set must not wait for the first evaluation to fail.
+            self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        run.truncate(self.first - 1)
+
+    # --- the loop
+
+    def fit(self) -> None:
+        config = self.config
+        loggers = _Loggers(config, self.run, purge_step=(self.first - 1) * self.steps)
+        try:
+            with tqdm(
+                total=config.episodes * self.steps,
+                initial=(self.first - 1) * self.steps,
+                desc=self.run.path.name,
+                unit="step",
+                mininterval=1,
+            ) as bar:
+                for episode in range(self.first, config.episodes + 1):
+                    self._episode(episode, bar, loggers)
+        finally:
+            loggers.close()
+        self.run.finish(episodes=config.episodes, steps=config.episodes * self.steps)
+
+    def _episode(self, episode: int, bar: tqdm, loggers: "_Loggers") -> None:
+        config = self.config
+        ids = self.episodes.ids(episode)
+        row: dict[str, Any] = {"kind": "episode", "episode": episode, "step": episode * self.steps}
+        timer = _Timer(self.device)
+        lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
+        if lit:
+            self.bare.clip.visual.requires_grad_(False)
+        teaching = config.objective == "protoclip" and episode > config.infonce_warmup_episodes and not lit
+        if teaching:
+            if self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every:
+                self.records = prototypes.carry(self.records)
+            else:
+                bar.set_postfix_str(f"episode {episode}: extracting")
+                with timer("extract"):
+                    features = self._extract(episode, ids)
+                bar.set_postfix_str(f"episode {episode}: clustering")
+                with timer("cluster"):
+                    row |= self._construct(episode, features)
+        with timer("learn"):
+            row |= self._learn(episode, ids, self.records if teaching else [], bar, loggers, timer)
+        if config.evaluate_every and episode % config.evaluate_every == 0:
+            with timer("evaluate"):
+                self._evaluate(episode)
+        if config.draw_every and episode % config.draw_every == 0:
+            self._draw(episode)
+        seconds = timer.seconds
+        row |= {f"time/{stage}": spent for stage, spent in seconds.items()}
+        row["time/images_per_second"] = self.steps * config.batch_size * config.accumulation / seconds["learn"]
+        row["time/share_waiting"] = seconds["wait"] / seconds["learn"]
+        self.run.append("metrics.jsonl", row)
+        loggers.log(row)
+        if episode % config.save_every == 0 or episode == config.episodes:
+            self._save(episode, ids)
+
+    @torch.no_grad()
+    def _extract(self, episode: int, ids: np.ndarray) -> dict[str, Tensor]:
+        config = self.config
+        transform = self.augment if config.extraction_transform == "train" else self.bare.eval_transform
+        batches = Batches(
+            self.pairs, transform, self.bare.tokenizer, seed=config.seed, purpose="extract", episode=episode
+        )
+        self.model.eval()
+        stretches = np.split(ids, range(config.batch_size, len(ids), config.batch_size))
+        image, text = [], []
+        for images, tokens in self._loaded(batches, stretches):
+            outputs = self.model(images, tokens)
+            image.append(outputs.image_projection)
+            text.append(outputs.text_projection)
+        return {"image": torch.cat(image), "text": torch.cat(text)} | {
+            name: torch.from_numpy(np.asarray(features[ids], dtype=np.float32)).to(self.device)
+            for name, features in self.external.items()
+        }
+
+    def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
+        config = self.config
+        before = {(r.teacher, len(r.centroids)): r for r in self.records}
+        self.records, clusters = prototypes.construct(
+            features,
+            self.teachers,
+            seed=derive(config.seed, "prototypes", episode),
+            iterations=config.kmeans_iterations,
+            restarts=config.kmeans_restarts,
+            engine=config.kmeans_engine,
+            back_translation=config.back_translation,
+            mask_empty=config.mask_empty,
+        )
+        row: dict[str, Any] = {}
+        for name, found in clusters.items():
+            sizes = found.sizes.float()
+            row[f"clusters/{name}/empty"] = int((found.sizes == 0).sum())
+            row[f"clusters/{name}/smallest"] = int(found.sizes.min())
+            row[f"clusters/{name}/median_size"] = float(sizes.median())
+            row[f"clusters/{name}/largest"] = int(found.sizes.max())
+            row[f"clusters/{name}/objective"] = found.objective
+            teacher, k = name.rsplit("_", 1)
+            if (old := before.get((teacher, int(k)))) is not None:
+                from sklearn.metrics import normalized_mutual_info_score
+
+                # The last clustering is asked about this episode's samples, so that both speak of the same.
+                then = clustering.nearest(features[teacher], old.teacher_centroids).cpu().numpy()
+                row[f"clusters/{name}/nmi_to_previous"] = float(
+                    normalized_mutual_info_score(found.labels.cpu().numpy(), then)
+                )
+        return row
+
+    def _learn(
+        self,
+        episode: int,
+        ids: np.ndarray,
+        records: list[Prototypes],
+        bar: tqdm,
+        loggers: "_Loggers",
+        timer: "_Timer",
+    ) -> dict[str, Any]:
+        config = self.config
+        batches = Batches(
+            self.pairs, self.augment, self.bare.tokenizer, seed=config.seed, purpose="learn", episode=episode
+        )
+        width = config.batch_size * config.accumulation
+        stretches = [ids[i * width : (i + 1) * width] for i in range(self.steps)]
+        self.model.train()
+        visual = self.bare.clip.visual
+        if not any(p.requires_grad for p in visual.parameters()):
+            visual.eval()  # locked means locked: BatchNorm statistics too
+        spread = _Spread()
+        losses: dict[str, float] = defaultdict(float)
+        for index, (images, tokens) in enumerate(self._loaded(batches, stretches, timer)):
+            step = (episode - 1) * self.steps + index
+            rates = self._set_learning_rates(step)
+            # For dropout and the like, if the towers have any.
+            torch.manual_seed(derive(config.seed, "step", step))
+            positions = torch.arange(index * width, (index + 1) * width, device=self.device)
+            outputs, parts, norm = self._step(images, tokens, records, positions, stretches[index], episode, step)
+            spread.add(outputs)
+            parts = {name: float(value) for name, value in parts.items()}
+            for name, value in parts.items():
+                losses[name] += value / self.steps
+            bar.update()
+            bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
+            if step % config.log_every == 0:
+                row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates}
+                row |= {"grad_norm": float(norm), "scale": float(self.bare.clip.logit_scale.exp())}
+                if self.bare.logit_scale_proto is not None:
+                    row["scale_proto"] = float(self.bare.logit_scale_proto.exp())
+                self.run.append("metrics.jsonl", row)
+                loggers.log(row)
+        return losses | spread.measures()
+
+    def _step(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        records: list[Prototypes],
+        positions: Tensor,
+        rows: np.ndarray,
+        episode: int,
+        step: int,
+    ) -> tuple[Outputs, dict[str, Tensor], Tensor]:
+        config = self.config
+        self.optimizer.zero_grad()
+        if config.accumulation == 1:
+            outputs = self.model(images, tokens)
+            loss, parts = self._losses(outputs, records, positions, rows)
+            self._check(loss, episode, step)
+            self.accelerator.backward(loss)
+        else:
+            outputs, parts = self._accumulate(images, tokens, records, positions, rows, episode, step)
+        parameters = [p for p in self.bare.parameters() if p.grad is not None]
+        norm = self.accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+        if self.accelerator.scaler is None:
+            # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
+            self._check(norm, episode, step, "gradient norm")
+        self.optimizer.step()
+        self.bare.clamp_scales()
+        return outputs, parts, norm
+
+    def _losses(
+        self, outputs: Outputs, records: list[Prototypes], positions: Tensor, rows: np.ndarray
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss, and its parts with prototype accuracies for the metrics."""
+        config, clip = self.config, self.bare.clip
+        bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
+        align = self.alignment(outputs.image, outputs.text, clip.logit_scale.exp(), **bias)
+        total = config.clip_weight * align
+        parts = {"loss/clip": align.detach()}
+        students = {"image": outputs.image_projection, "text": outputs.text_projection}
+        for record in records:
+            teacher_features = None
+            if record.carried and record.teacher in students:
+                teacher_features = students[record.teacher].detach()
+            elif record.carried:
+                stored = np.asarray(self.external[record.teacher][rows], dtype=np.float32)
+                teacher_features = torch.from_numpy(stored).to(self.device)
+            labels = record.labels_of(positions, teacher_features)
+            loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
+            total = total + record.weight * loss
+            parts[f"loss/{record.name}"] = loss.detach()
+            parts[f"accuracy/{record.name}"] = record.accuracy(students[record.student].detach(), labels)
+        return total, {"loss": total.detach(), **parts}
+
+    def _accumulate(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        records: list[Prototypes],
+        positions: Tensor,
+        rows: np.ndarray,
+        episode: int,
+        step: int,
+    ) -> tuple[Outputs, dict[str, Tensor]]:
+        """One step over several forward passes whose negatives span them all, as open_clip's ``accum_freq``.
+
+        The loss is differentiated once with respect to cached features, and each pass is made again to carry its
+        part of that gradient to the weights: exact where the forward pass is (no dropout; BatchNorm sees one
+        pass at a time). Source: GradCache (arXiv 2101.06983).
+        """
+        chunks = list(zip(images.chunk(self.config.accumulation), tokens.chunk(self.config.accumulation), strict=True))
+        with torch.no_grad(), _still_statistics(self.bare):
+            cached = [self.model(*chunk) for chunk in chunks]
+        leaves = Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
+        loss, parts = self._losses(leaves, records, positions, rows)
+        self._check(loss, episode, step)
+        self.accelerator.backward(loss)
+        # Without heads or records some features, or both names of one, take no part in the loss.
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        for chunk, *parts_of in zip(chunks, *(g.chunk(self.config.accumulation) for g in gradients), strict=True):
+            outputs = self.model(*chunk)
+            pairs = [(o, g) for o, g in zip(outputs, parts_of, strict=True) if o.requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        return leaves, parts
+
+    # --- helpers of the loop
+
+    def _teachers(self) -> tuple[list[Teacher], dict[str, np.ndarray]]:
+        config = self.config
+        if config.objective != "protoclip":
+            return [], {}
+        found, external, ks = [], {}, config.teacher_ks()
+        for name in ("image", "text"):
+            if name in ks:
+                found.append(Teacher(name, ks[name], config.temperature, config.proto_weight / 2))
+        for name, teacher in zip(config.teacher_names(), config.teachers, strict=True):
+            external[name] = teachers.load(teacher.features, self.pairs)
+            found.append(Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
+        too_many = max((k for teacher in found for k in teacher.ks), default=0)
+        if too_many > self.episodes.size:
+            raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
+        return found, external
+
+    def _loaded(
+        self, batches: Batches, stretches: list[np.ndarray], timer: "_Timer | None" = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = batches.loader(stretches, workers=self.config.workers, pin_memory=self.device.type == "cuda")
+        waiting = iter(loader)
+        while True:
+            begin = time.perf_counter()
+            batch = next(waiting, None)
+            if timer is not None:
+                timer.add("wait", time.perf_counter() - begin)
+            if batch is None:
+                return
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+    def _set_learning_rates(self, step: int) -> dict[str, float]:
+        config = self.config
+        image_end = config.lit_start_episode - 1 if config.lit_start_episode is not None else config.episodes
+        image = learning_rate(step, config.lr, 0, image_end * self.steps, config.warmup_steps)
+        rest = learning_rate(
+            step,
+            config.lr if config.text_lr is None else config.text_lr,
+            (config.text_start_episode - 1) * self.steps,
+            (config.text_end_episode or config.episodes) * self.steps,
+            config.warmup_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = image if group["tower"] == "image" else rest
+        return {"lr/image": image, "lr/rest": rest}
+
+    def _check(self, value: Tensor, episode: int, step: int, what: str = "loss") -> None:
+        if not math.isfinite(value):
+            last = self.run.latest
+            raise NonFiniteLoss(
+                f"{what} is {float(value)} at step {step + 1} of episode {episode}; last good checkpoint: {last or 'none yet'}. "
+                "A lower lr, a longer warm-up or precision fp32 usually helps."
+            )
+
+    def _evaluate(self, episode: int) -> None:
+        from protoclip_lab.evaluation import suite
+
+        for row in suite.evaluate(self.bare, self.sets, workers=self.config.workers, seed=self.config.seed):
+            self.run.append("evaluation.jsonl", {"episode": episode, **row})
+
+    def _draw(self, episode: int) -> None:
+        from protoclip_lab import plots
+        from protoclip_lab.evaluation import modality_gap
+
+        rows = range(min(DRAWN, len(self.pairs)))
+        image = encoders.encode_images(self.bare, [self.pairs.image(i) for i in rows], progress=False)
+        text = encoders.encode_texts(self.bare, [self.pairs.caption(i) for i in rows], progress=False)
+        features = torch.cat([image, text]).numpy()
+        xy, _ = plots.embed(features, method="pca", seed=self.config.seed)
+        is_text = np.arange(len(xy)) >= len(image)
+        figure = plots.joint_map(xy, is_text, gap=modality_gap(image, text)["gap"], method="pca", seed=self.config.seed)
+        folder = self.run.path / "figures"
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"joint_episode_{episode:04d}.png")
+
+    # --- state
+
+    def _save(self, episode: int, ids: np.ndarray) -> None:
+        def write(folder: Path) -> None:
+            encoders.save(self.bare, folder)
+            state = {}
+            for parameter, values in self.optimizer.state.items():
+                for key, value in values.items():
+                    state[f"{self.names[parameter]}/{key}"] = value.detach().cpu().contiguous().clone()
+            save_file(state, str(folder / "optimizer.safetensors"))
+            save_file(_record_tensors(self.records), str(folder / "prototypes.safetensors"))
+            about = [{"student": r.student, "teacher": r.teacher, "weight": r.weight} for r in self.records]
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            write_json(
+                folder / "trainer.json",
+                {"episode": episode, "step": episode * self.steps, "scaler": scaler, "prototypes": about},
+            )
+
+        self.run.save(episode, write)
+
+    def _restore(self, checkpoint: Path) -> None:
+        about = json.loads((checkpoint / "trainer.json").read_text())
+        self.first = about["episode"] + 1
+        self.records = load_prototypes(checkpoint, self.device)
+        by_name = {name: parameter for parameter, name in self.names.items()}
+        for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+            name, slot = key.rsplit("/", 1)
+            # A clone: safetensors hands out views of one buffer, whose alignment is not an allocation's.
+            value = value.clone().to("cpu" if slot == "step" and not self.fused else self.device)
+            self.optimizer.state[by_name[name]][slot] = value
+        if about["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(about["scaler"])
+
+
+def load_prototypes(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Prototypes]:
+    """The prototypes in force when a checkpoint was written; none for plain CLIP."""
+    folder = Path(checkpoint)
+    about = json.loads((folder / "trainer.json").read_text())["prototypes"]
+    tensors = load_file(folder / "prototypes.safetensors", device=str(device))
+    records = []
+    for index, record in enumerate(about):
+        fields = {key: tensors.get(f"{index}/{key}") for key in _TENSORS}
+        records.append(Prototypes(**fields, **record, carried=True))
+    return records
+
+
+_TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")
+
+
+def _record_tensors(records: list[Prototypes]) -> dict[str, Tensor]:
+    tensors = {f"{index}/{key}": getattr(record, key) for index, record in enumerate(records) for key in _TENSORS}
+    # Clones: records share labels and centroids, which safetensors refuses to write twice.
+    return {key: value.cpu().contiguous().clone() for key, value in tensors.items() if value is not None}
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision), cpu=config.device == "cpu"
+    )
+    if config.device not in ("auto", accelerator.device.type):
+        raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {accelerator.device.type!r}")
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
+    return accelerator
+
+
+@contextmanager
+def _still_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm uses batch statistics, as in training, but does not move its running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+class _Spread:
+    """Modality gap and feature std over an episode's own training features."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, outputs: Outputs) -> None:
+        z = torch.stack([outputs.image.detach(), outputs.text.detach()]).double()
+        self.count += z.shape[1]
+        self.sums = self.sums + z.sum(dim=1)
+        self.squares = self.squares + z.square().sum(dim=1)
+
+    def measures(self) -> dict[str, float]:
+        mean = self.sums / self.count
+        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+        gap = (mean[0] - mean[1]).norm()
+        return {"gap": float(gap), "image_std": float(std[0]), "text_std": float(std[1])}
+
+
+class _Timer:
+    """Seconds for each stage; on a GPU a stage ends when its work has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.add(stage, time.perf_counter() - begin)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] += seconds
+
+
+class _Loggers:
+    """TensorBoard and Weights & Biases, where asked for."""
+
+    def __init__(self, config: TrainConfig, run: Run, purge_step: int) -> None:
+        self.writer = self.wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step or None)
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.wandb, name=run.path.name, id=run.path.name, resume="allow", config=config.model_dump()
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        prefix = "episode/" if row["kind"] == "episode" else ""
+        values = {prefix + key: value for key, value in row.items() if key not in ("kind", "step")}
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(values, step=row["step"])
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()

@@ -1,0 +1,221 @@
+"""Training tables become pairs; bad rows are counted, listed and skipped."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from protoclip_lab.data import pairs as pairs_module
+from protoclip_lab.data.pairs import BadRows, Pairs, decode, index_tar, prepare
+
+
+def jpeg(colour="red", size=(20, 16), mode="RGB", kind="JPEG", **options) -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, kind, **options)
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, colour in enumerate(["red", "green", "blue", "white"]):
+        (images / f"{i}.jpg").write_bytes(jpeg(colour))
+    return tmp_path
+
+
+def write(folder, text, name="captions.tsv"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def read(table, **options):
+    options.setdefault("image_root", table.parent / "images")
+    return prepare(table, table.parent / "out", progress=False, **options)
+
+
+def test_rows_come_back_as_they_stand_in_the_file(folder):
+    rows = ['0.jpg\t"quoted start', "1.jpg\tNone", "2.jpg\tein Mädchen 👧 يبتسم", "0.jpg\tnan", '3.jpg\tsays "hi"']
+    found = read(write(folder, "filepath\ttitle\n" + "\n".join(rows) + "\n"))
+    assert [f"{p}\t{t}" for p, t in zip(found.column("filepath"), found.captions, strict=True)] == rows
+    assert found.image_ids.tolist() == [0, 1, 2, 0, 3]
+    assert found.column("row") == [2, 3, 4, 5, 6]
+    image, caption = found[2]
+    assert caption == "ein Mädchen 👧 يبتسم" and image.size == (20, 16)
+    assert image.getpixel((3, 3))[2] > 200
+
+
+def test_csv_quotes_and_parquet_give_the_same_pairs(folder):
+    rows = [("0.jpg", 'a, "b"'), ("1.jpg", "two\nlines"), ("2.jpg", "3")]
+    quoted = "".join('{},"{}"\n'.format(p, t.replace('"', '""')) for p, t in rows)
+    from_csv = read(write(folder, "filepath,title\n" + quoted, "t.csv"))
+    path = folder / "t.parquet"
+    pa.parquet.write_table(pa.table({"filepath": [r[0] for r in rows], "title": [r[1] for r in rows]}), path)
+    from_parquet = prepare(path, folder / "out2", image_root=folder / "images", progress=False)
+    assert from_csv.captions == from_parquet.captions == [t for _, t in rows]
+    assert from_csv.fingerprint == from_parquet.fingerprint
+
+
+def test_a_tar_gives_the_same_pixels_as_a_folder(folder):
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for file in sorted((folder / "images").iterdir()):
+            tar.add(file, file.name)
+    table = write(folder, "filepath\ttitle\n" + "".join(f"{i}.jpg\tpicture {i}\n" for i in range(4)))
+    loose = read(table)
+    packed = prepare(table, folder / "packed", image_root=folder / "images.tar", progress=False)
+    for i in range(4):
+        assert np.array_equal(np.asarray(loose.image(i)), np.asarray(packed.image(i)))
+    assert loose.fingerprint == packed.fingerprint
+    assert set(index_tar(folder / "images.tar")) == {f"{i}.jpg" for i in range(4)}
+
+
+def test_bad_rows_are_counted_listed_and_skipped(folder):
+    images = folder / "images"
+    (images / "truncated.jpg").write_bytes(jpeg(size=(200, 200))[:400])
+    (images / "text.jpg").write_bytes(b"this is no image")
+    (images / "empty.jpg").write_bytes(b"")
+    (folder / "outside.jpg").write_bytes(jpeg())
+    rows = [
+        "0.jpg\tgood",
+        "truncated.jpg\ta",
+        "text.jpg\ta",
+        "empty.jpg\ta",
+        "gone.jpg\ta",
+        "1.jpg\t   ",
+        "../outside.jpg\ta",
+        "1.jpg\ttoo\tmany",
+        "3.jpg\talso good",
+    ]
+    found = read(write(folder, "filepath\ttitle\n" + "\n".join(rows) + "\n"), max_bad_share=0.9)
+    assert found.captions == ["good", "also good"]
+    assert found.column("row") == [2, 10]
+    listed = [json.loads(line) for line in (found.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert found.bad_rows == len(listed) == 7
+    reasons = {row["row"]: row["reason"] for row in listed}
+    assert "unreadable image" in reasons[3] and "unreadable image" in reasons[4] and "unreadable image" in reasons[5]
+    assert reasons[6] == "missing file" and reasons[7] == "empty caption"
+    assert "outside image_root" in reasons[8] and "3 fields, 2 expected" in reasons[9]
+
+
+def test_too_many_bad_rows_stop_with_the_first_of_them(folder):
+    table = write(folder, "filepath\ttitle\n0.jpg\tgood\ngone.jpg\tbad\n1.jpg\tgood\n")
+    with pytest.raises(BadRows, match=r"1 of 3 rows .* max_bad_share = 5.0%: row 3 gone.jpg: missing file"):
+        read(table)
+    assert (folder / "out_bad_rows.jsonl").exists() and not (folder / "out").exists()
+    assert len(read(table, max_bad_share=0.34)) == 2
+
+
+def test_a_decompression_bomb_is_a_bad_row(folder, monkeypatch):
+    (folder / "images" / "big.png").write_bytes(jpeg(size=(300, 300), kind="PNG"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60_000)
+    found = read(write(folder, "filepath\ttitle\n0.jpg\tgood\nbig.png\tbomb\n"), max_bad_share=0.5)
+    assert found.captions == ["good"]
+    assert "decompression bomb" in (found.folder / "bad_rows.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(0, mode="L"),
+        jpeg((0, 0, 0, 0), mode="CMYK"),
+        jpeg(3, mode="P", kind="PNG"),
+        jpeg((1, 2, 3, 4), mode="RGBA", kind="PNG"),
+        jpeg(40_000, mode="I;16", kind="PNG"),
+    ],
+)
+def test_every_colour_mode_becomes_rgb(data):
+    assert decode(data).mode == "RGB"
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    assert decode(jpeg(40_000, mode="I;16", kind="PNG")).getpixel((0, 0))[0] == 40_000 >> 8
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(jpeg(size=(20, 10), exif=exif)).size == (10, 20)
+
+
+def test_where_selects_before_anything_is_counted(folder):
+    rows = "0.jpg\ta\ttrain\ngone.jpg\tb\ttest\n1.jpg\tc\ttrain\n2.jpg\td\tval\n"
+    table = write(folder, "filepath\ttitle\tsplit\n" + rows)
+    assert read(table, where={"split": "train"}).captions == ["a", "c"]
+    assert read(table, where={"split": ["train", "val"]}).captions == ["a", "c", "d"]
+    with pytest.raises(ValueError, match="'split' with .'train', 'test', 'val'"):
+        read(table)
+    with pytest.raises(ValueError, match="no row .* split = 'tran'; values there"):
+        read(table, where={"split": "tran"})
+
+
+def test_missing_columns_name_the_nearest(folder):
+    table = write(folder, "filepath\ttitel\n0.jpg\ta\n")
+    with pytest.raises(ValueError, match="no column 'title' .* nearest is 'titel'"):
+        read(table)
+    assert read(table, caption_column="titel").captions == ["a"]
+
+
+def test_dataset_size_keeps_the_first_usable(folder):
+    table = write(folder, "filepath\ttitle\ngone.jpg\tx\n" + "".join(f"{i}.jpg\t{i}\n" for i in range(4)))
+    assert read(table, dataset_size=2, max_bad_share=0.5).captions == ["0", "1"]
+
+
+def test_prepared_pairs_are_reused_until_the_table_or_arguments_change(folder, monkeypatch):
+    table = write(folder, "filepath\ttitle\n0.jpg\ta\n1.jpg\tb\n")
+    first = read(table)
+    monkeypatch.setattr(pairs_module, "read_table", lambda path: pytest.fail("read again"))
+    assert read(table).fingerprint == first.fingerprint
+    assert prepare(first.folder, "unused").fingerprint == first.fingerprint
+    monkeypatch.undo()
+    assert len(read(table, dataset_size=1)) == 1
+    write(folder, "filepath\ttitle\n0.jpg\ta\n1.jpg\tb\n2.jpg\tc\n")
+    assert len(read(table)) == 3
+
+
+def test_fingerprint_tells_tables_apart():
+    assert pairs_module.fingerprint(["ab"], ["c"]) != pairs_module.fingerprint(["a"], ["bc"])
+    assert pairs_module.fingerprint(["a", "b"], ["x", "y"]) != pairs_module.fingerprint(["b", "a"], ["y", "x"])
+
+
+def test_byte_order_mark_and_crlf_do_no_harm(folder):
+    found = read(write(folder, b"\xef\xbb\xbffilepath\ttitle\r\n0.jpg\ta\r\n"))
+    assert found.captions == ["a"]
+
+
+def test_an_image_that_vanishes_later_is_named_with_its_row(folder):
+    found = read(write(folder, "filepath\ttitle\n0.jpg\ta\n"))
+    (folder / "images" / "0.jpg").unlink()
+    with pytest.raises(OSError, match=r"0.jpg .*row 2.* 01_prepare_data"):
+        found.image(0)
+
+
+def test_neither_table_nor_prepared_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a table nor"):
+        prepare(tmp_path / "nothing.tsv", tmp_path / "out")
+
+
+def test_other_columns_stay(folder):
+    found = read(write(folder, "filepath\ttitle\tcolour\n0.jpg\ta\tred\n1.jpg\tb\tgreen\n"))
+    assert found.column("colour") == ["red", "green"]
+    with pytest.raises(KeyError, match="'color'.*'colour'"):
+        found.column("color")
+
+
+def test_pairs_open_again_from_their_folder(folder):
+    found = read(write(folder, "filepath\ttitle\n0.jpg\ta\n1.jpg\tb\n"))
+    again = Pairs(found.folder)
+    assert again.captions == found.captions and len(again) == 2
+
+
+def test_flickr8k_training_split_holds_no_val_or_test_picture(flickr8k, tmp_path):
+    options = {"image_root": flickr8k / "train.tar", "where": {"split": "train"}, "progress": False}
+    found = prepare(flickr8k / "captions.tsv", tmp_path / "out", **options)
+    assert len(found) == 30_000 and found.image_ids.max() == 5_999
+    others = set(index_tar(flickr8k / "val.tar")) | set(index_tar(flickr8k / "test.tar"))
+    assert not others & set(found.column("filepath"))

@@ -1,0 +1,131 @@
+"""A run killed at any moment and started again ends as one that never was: same weights, same metrics."""
+
+import multiprocessing
+import signal
+
+import pytest
+from helpers import run_training, toy_settings, toy_table, train_and_die
+from safetensors.torch import load_file
+
+from protoclip_lab.runs import Run, damaged_files
+from protoclip_lab.training import train
+
+# One clean server process holds the imports; each training is forked from it in milliseconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["protoclip_lab.training"])
+
+
+def in_process(target, *arguments):
+    process = SERVER.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return toy_table(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def settings():
+    # BatchNorm in towers and heads, two granularities, prototypes carried over an episode: all state there is.
+    return {"model": "RN-mini", "episodes": 4, "k": [4, 6], "cluster_every": 2}
+
+
+@pytest.fixture(scope="module")
+def unbroken(table, settings, tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    assert in_process(run_training, toy_settings(table, run, **settings)) == 0
+    return Run(run)
+
+
+def untimed(run):
+    frame = run.metrics()
+    return frame.drop(columns=[c for c in frame.columns if c.startswith("time/")])
+
+
+def assert_same(run, other):
+    assert run.finished and other.finished
+    assert untimed(run).equals(untimed(other))
+    assert [p.name for p in run.checkpoints()] == [p.name for p in other.checkpoints()]
+    for mine, theirs in zip(run.checkpoints(), other.checkpoints(), strict=True):
+        assert not damaged_files(mine)
+        for file in sorted(p.name for p in theirs.glob("*.safetensors")):
+            a, b = load_file(mine / file), load_file(theirs / file)
+            assert a.keys() == b.keys()
+            assert all(a[key].equal(b[key]) for key in a), file
+
+
+@pytest.mark.parametrize(
+    "where, call",
+    [
+        ("extraction", 4 + 2),  # 3 batches of warm-up learning, then the second of the first extraction
+        ("clustering", 3),
+        ("learning", 5),
+        ("logging", 6),
+        ("saving", 3),  # the first checkpoint
+        ("saving", 13),  # a later one
+    ],
+)
+def test_killed_and_resumed_is_bit_identical(where, call, table, settings, unbroken, tmp_path):
+    config = toy_settings(table, tmp_path / "run", **settings)
+    assert in_process(train_and_die, config, where, call) == -signal.SIGKILL
+    assert not Run(tmp_path / "run").finished
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_killed_twice_is_bit_identical(table, settings, unbroken, tmp_path):
+    config = toy_settings(table, tmp_path / "run", **settings)
+    for where, call in [("learning", 5), ("saving", 9)]:
+        assert in_process(train_and_die, config, where, call) == -signal.SIGKILL
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(table, settings, unbroken, tmp_path, caplog):
+    config = toy_settings(table, tmp_path / "run", **settings)
+    assert in_process(train_and_die, config, "learning", 11) == -signal.SIGKILL
+    newest = Run(tmp_path / "run").checkpoints()[-1]
+    weights = newest / "open_clip_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    assert Run(tmp_path / "run").latest == Run(tmp_path / "run").checkpoints()[-2]
+    assert f"{newest} is damaged" in caplog.text
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_half_a_row_at_the_end_is_dropped(table, settings, unbroken, tmp_path):
+    config = toy_settings(table, tmp_path / "run", **settings)
+    assert in_process(train_and_die, config, "learning", 8) == -signal.SIGKILL
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "episo')
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_other_workers_change_nothing(table, settings, unbroken, tmp_path):
+    assert in_process(run_training, toy_settings(table, tmp_path / "run", **settings, workers=2)) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_a_finished_run_is_returned_as_it_is(table, settings, unbroken):
+    before = (unbroken.path / "metrics.jsonl").stat().st_mtime_ns
+    train(toy_settings(table, unbroken.path, **settings))
+    assert (unbroken.path / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_with_other_settings_is_refused_naming_them(table, settings, unbroken):
+    with pytest.raises(ValueError, match="other settings: seed = 0 there, 1 asked for"):
+        train(toy_settings(table, unbroken.path, **settings, seed=1))
+
+
+def test_two_trainings_of_one_run_at_once_are_refused(table, tmp_path):
+    from protoclip_lab.config import TrainConfig
+
+    config = TrainConfig(**toy_settings(table, tmp_path / "run"))
+    with Run.create(config).locked(), pytest.raises(RuntimeError, match="being trained by another process"):
+        train(config)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data import shapes
-from protoclip_lab.data.batches import Batches, augmentation
+from protoclip_lab.data.batches import Batches, Reader, augmentation
 from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS, Pairs, prepare
 from protoclip_lab.encoders import Outputs, TwoTowers
@@ -144,7 +144,12 @@ class _Trainer:
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         preprocess = model.clip.visual.preprocess_cfg
         size = preprocess["size"][0] if isinstance(preprocess["size"], list | tuple) else preprocess["size"]
-        self.augment = augmentation(config.augmentation, size, preprocess["mean"], preprocess["std"])
+        transforms = {
+            "train": augmentation(config.augmentation, size, preprocess["mean"], preprocess["std"]),
+            "eval": model.eval_transform,
+        }
+        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed)
+        self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         self.sets = None
         if config.evaluate_every:
             from protoclip_lab.evaluation import suite
@@ -212,14 +217,11 @@ class _Trainer:
     @torch.no_grad()
     def _extract(self, episode: int, ids: np.ndarray) -> dict[str, Tensor]:
         config = self.config
-        transform = self.augment if config.extraction_transform == "train" else self.bare.eval_transform
-        batches = Batches(
-            self.pairs, transform, self.bare.tokenizer, seed=config.seed, purpose="extract", episode=episode
-        )
         self.model.eval()
         stretches = np.split(ids, range(config.batch_size, len(ids), config.batch_size))
         image, text = [], []
-        for images, tokens in self._loaded(batches, stretches):
+        plan = {"transform": config.extraction_transform, "purpose": "extract", "episode": episode}
+        for images, tokens in self._on_device(self.reader.read(stretches, **plan)):
             outputs = self.model(images, tokens)
             image.append(outputs.image_projection)
             text.append(outputs.text_projection)
@@ -270,9 +272,6 @@ class _Trainer:
         timer: "_Timer",
     ) -> dict[str, Any]:
         config = self.config
-        batches = Batches(
-            self.pairs, self.augment, self.bare.tokenizer, seed=config.seed, purpose="learn", episode=episode
-        )
         width = config.batch_size * config.accumulation
         stretches = [ids[i * width : (i + 1) * width] for i in range(self.steps)]
         self.model.train()
@@ -281,7 +280,8 @@ class _Trainer:
             visual.eval()  # locked means locked: BatchNorm statistics too
         spread = _Spread()
         losses: dict[str, float] = defaultdict(float)
-        for index, (images, tokens) in enumerate(self._loaded(batches, stretches, timer)):
+        reading = self.reader.read(stretches, transform="train", purpose="learn", episode=episode)
+        for index, (images, tokens) in enumerate(self._on_device(reading, timer)):
             step = (episode - 1) * self.steps + index
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
@@ -296,9 +296,9 @@ class _Trainer:
             bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
             if step % config.log_every == 0:
                 row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates}
-                row |= {"grad_norm": float(norm), "scale": float(self.bare.clip.logit_scale.exp())}
+                row |= {"grad_norm": float(norm), "scale": float(self.bare.clip.logit_scale.detach().exp())}
                 if self.bare.logit_scale_proto is not None:
-                    row["scale_proto"] = float(self.bare.logit_scale_proto.exp())
+                    row["scale_proto"] = float(self.bare.logit_scale_proto.detach().exp())
                 self.run.append("metrics.jsonl", row)
                 loggers.log(row)
         return losses | spread.measures()
@@ -404,14 +404,12 @@ class _Trainer:
             raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
         return found, external
 
-    def _loaded(
-        self, batches: Batches, stretches: list[np.ndarray], timer: "_Timer | None" = None
+    def _on_device(
+        self, reading: Iterator[tuple[Tensor, Tensor]], timer: "_Timer | None" = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = batches.loader(stretches, workers=self.config.workers, pin_memory=self.device.type == "cuda")
-        waiting = iter(loader)
         while True:
             begin = time.perf_counter()
-            batch = next(waiting, None)
+            batch = next(reading, None)
             if timer is not None:
                 timer.add("wait", time.perf_counter() - begin)
             if batch is None:
@@ -434,7 +432,7 @@ class _Trainer:
         return {"lr/image": image, "lr/rest": rest}
 
     def _check(self, value: Tensor, episode: int, step: int, what: str = "loss") -> None:
-        if not math.isfinite(value):
+        if not math.isfinite(float(value.detach())):
             last = self.run.latest
             raise NonFiniteLoss(
                 f"{what} is {float(value)} at step {step + 1} of episode {episode}; last good checkpoint: {last or 'none yet'}. "

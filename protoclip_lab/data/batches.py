@@ -1,6 +1,6 @@
 """Batches of pairs: the method's two augmentations, and crops that depend on nothing but what they are for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -37,37 +37,54 @@ def augmentation(name: str, size: int, mean: Sequence[float], std: Sequence[floa
 
 
 class Batches(Dataset):
-    """``batches[rows]`` -> images (B, 3, H, W) float32 and tokens (B, L) int64 of these rows of the table.
+    """Batches on demand: ``batches[transform, purpose, episode, rows]`` -> images (B, 3, H, W) float32, tokens (B, L) int64.
 
     Each image's crop is drawn from a generator made on the spot from (seed, purpose, episode, row), so neither
     the order of the rows nor the process that reads them can change it.
+
+    Args:
+        pairs: the table.
+        transforms: PIL image -> tensor, by name.
+        tokenizer: captions -> tokens.
+        seed: of the run.
     """
 
-    def __init__(
-        self, pairs: Pairs, transform: Transform, tokenizer: Callable, *, seed: int, purpose: str, episode: int
-    ) -> None:
+    def __init__(self, pairs: Pairs, transforms: dict[str, Transform], tokenizer: Callable, seed: int) -> None:
         self.pairs = pairs
-        self.transform = transform
+        self.transforms = transforms
         self.tokenizer = tokenizer
-        self.key = (seed, purpose, episode)
+        self.seed = seed
 
-    def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        transform, purpose, episode, rows = wanted
         images = []
         with torch.random.fork_rng(devices=[]):
             for row in rows:
                 # torchvision draws from the global generator: it is seeded for this one image, and put back after.
-                torch.default_generator.manual_seed(derive(*self.key, row))
-                images.append(self.transform(self.pairs.image(row)))
+                torch.default_generator.manual_seed(derive(self.seed, purpose, episode, row))
+                images.append(self.transforms[transform](self.pairs.image(row)))
         return torch.stack(images), self.tokenizer([self.pairs.caption(row) for row in rows])
 
-    def loader(self, batches: Sequence[np.ndarray], *, workers: int, pin_memory: bool = False) -> DataLoader:
-        """A loader over the given batches of row numbers, in order."""
-        return DataLoader(
-            self,
-            sampler=batches,
+
+class Reader:
+    """Reads batches ahead in worker processes, which start once and serve every stage of every episode."""
+
+    def __init__(self, batches: Batches, *, workers: int, pin_memory: bool = False) -> None:
+        self._plan: list[tuple[str, str, int, np.ndarray]] = []
+        self._loader = DataLoader(
+            batches,
+            sampler=self._plan,
             batch_size=None,
             num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=pin_memory,
             # Or the loader would draw its workers' base seed from the global generator.
-            generator=torch_generator(*self.key),
+            generator=torch_generator(batches.seed, "workers"),
         )
+
+    def read(
+        self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of these rows, in order; one reading at a time."""
+        self._plan[:] = [(transform, purpose, episode, batch) for batch in rows]
+        return iter(self._loader)

@@ -1,0 +1,68 @@
+"""Zero-shot classification: class names in prompts become a classifier."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, as_features, as_indices, mean_per_class
+
+
+def classifier(
+    encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str]
+) -> Tensor:
+    """One direction a class: its name in each template, averaged in feature space and normalised again.
+
+    Args:
+        encode_text: n texts -> (n, d), L2-normalised.
+        class_names: C names.
+        templates: texts with ``{}`` where the name goes, or the name of a known set.
+
+    Returns:
+        (d, C) float32, as open_clip.build_zero_shot_classifier gives it.
+
+    Raises:
+        ValueError: no class, no template, a template without ``{}``, or an unknown set.
+    """
+    from protoclip_lab.data import downstream
+
+    templates = downstream.templates(templates)
+    if not class_names:
+        raise ValueError("class_names is empty: at least one is needed")
+    features = encode_text([template.replace("{}", name) for name in class_names for template in templates])
+    means = features.float().reshape(len(class_names), len(templates), -1).mean(dim=1)
+    return F.normalize(means, dim=1).T
+
+
+def zero_shot(image: Any, classifier: Any, labels: Any) -> dict[str, float]:
+    """Accuracy of the nearest class by cosine, in percent.
+
+    Args:
+        image: (N, d).
+        classifier: (d, C), a column a class.
+        labels: (N,) whole numbers, 0 to C - 1.
+
+    Returns:
+        "top1"; "top5" (all classes where there are fewer than five, so 100); "mean_per_class": top-1 averaged
+        over the classes that have an image.
+
+    Raises:
+        ValueError: shapes that do not fit, naming both; a label out of range; NaN or Inf.
+    """
+    image = as_features(image, "image", normalise=True)
+    classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
+    if image.shape[1] != len(classifier):
+        shapes = f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)}"
+        raise ValueError(f"{shapes} do not fit: expected (N, d) and (d, C)")
+    classes = classifier.shape[1]
+    labels = as_indices(labels, len(image), classes, "labels")
+    blocks = image.split(max(1, BLOCK_ELEMENTS // classes))
+    top = torch.cat([(block @ classifier).topk(min(5, classes)).indices for block in blocks]).cpu().numpy()
+    correct = top == labels[:, None]
+    return {
+        "top1": float(100 * correct[:, 0].mean()),
+        "top5": float(100 * correct.any(axis=1).mean()),
+        "mean_per_class": mean_per_class(correct[:, 0], labels),
+    }

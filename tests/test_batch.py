@@ -1,0 +1,478 @@
+"""Recipes: what they expand to, what is refused, what runs again, what a failure or a signal leaves behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import psutil
+import pytest
+from nbformat import v4
+
+import protoclip_lab
+from protoclip_lab import __main__, batch
+
+PYTHON_PATH = str(Path(batch.__file__).resolve().parents[1])
+LOG = 'from pathlib import Path\nwith open("log.txt", "a") as log:\n    log.write(Path({folder}).name + "\\n")\n'
+NOTEBOOKS = {
+    "01_prepare_data": ('output = "x"\nsize = 10  # type: int pairs', LOG.format(folder="output")),
+    "02_extract_teacher": (
+        'output = "x"\ntable = ""\nmodel = "m"\ntemplates = []\nrate = 0.1',
+        LOG.format(folder="output"),
+    ),
+    "03_train": (
+        'run = "x"\nseed = 0\nobjective = "clip"\nepisodes = 3\nk = 200\nlr = 0.1\nteachers = []',
+        LOG.format(folder="run"),
+    ),
+    "05_evaluate": ('output = "x"\nrun = ""', LOG.format(folder="output")),
+    "06_compare": (
+        'output = "x"\nruns = []',
+        'Path(output, "comparison.csv").write_text("measure,clip,protoclip\\nshape <top-1>,41.2 ± 0.8,55.0 ± 1.2\\n")',
+    ),
+}
+RECIPE = """
+parameters: {size: 100, name: null}
+01_prepare_data: {size: "{size}"}
+02_extract_teacher:minilm: {table: "{01_prepare_data}/pairs.tsv", model: "{name}"}
+02_extract_teacher:other: {templates: ["a {}.", "a {size} {colour} thing"]}
+03_train:
+  common: {episodes: 2}
+  lr: 5e-4
+  arms:
+    clip: {objective: clip}
+    protoclip: {objective: protoclip, k: 50, teachers: [{features: "{02_extract_teacher:minilm}/teacher.npy"}]}
+  grid: {seed: [0, 1]}
+05_evaluate: {}
+06_compare: {}
+"""
+
+
+def write_notebook(root: Path, name: str, parameters: str, *code: str) -> Path:
+    cells = [
+        v4.new_markdown_cell(f"# About {name}\n\nText."),
+        v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *[v4.new_code_cell(source) for source in code],
+    ]
+    path = root / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    return path
+
+
+def write_recipe(root: Path, text: str, name: str = "tiny") -> None:
+    (root / "notebooks" / "recipes").mkdir(parents=True, exist_ok=True)
+    (root / "notebooks" / "recipes" / f"{name}.yaml").write_text(text)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of tiny notebooks with the recipe above, as the current folder."""
+    for name, sources in NOTEBOOKS.items():
+        write_notebook(tmp_path, name, *sources)
+    write_recipe(tmp_path, RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(*overrides: str) -> dict[str, batch.Step]:
+    steps, _ = batch.plan("tiny", ["name=m", *overrides])
+    return {step.name: step for step in steps}
+
+
+# ---------------------------------------------------------------- what a recipe expands to
+
+
+def test_recipe_expands_to_every_arm_at_every_point_of_the_grid_in_order(lab: Path) -> None:
+    runs = [f"{arm}_seed={seed}" for arm in ("clip", "protoclip") for seed in (0, 1)]
+    assert list(plan()) == [
+        "01_prepare_data",
+        "02_extract_teacher:minilm",
+        "02_extract_teacher:other",
+        *[f"03_train/{run}" for run in runs],
+        *[f"05_evaluate/{run}" for run in runs],
+        "06_compare",
+    ]
+
+
+def test_parameters_are_resolved_to_absolute_paths_and_typed_values(lab: Path) -> None:
+    steps, reports = plan(), lab / "reports" / "tiny"
+    assert steps["01_prepare_data"].parameters == {"output": str(reports / "01_prepare_data"), "size": 100}
+    assert steps["02_extract_teacher:minilm"].parameters == {
+        "output": str(reports / "02_extract_teacher_minilm"),
+        "table": str(reports / "01_prepare_data" / "pairs.tsv"),
+        "model": "m",
+    }
+    assert steps["03_train/protoclip_seed=1"].parameters == {
+        "run": str(reports / "03_train" / "protoclip_seed=1"),
+        "episodes": 2,
+        "lr": 0.0005,
+        "objective": "protoclip",
+        "k": 50,
+        "teachers": [{"features": str(reports / "02_extract_teacher_minilm" / "teacher.npy")}],
+        "seed": 1,
+    }
+
+
+def test_notebooks_with_a_run_get_each_run_and_those_with_runs_get_all(lab: Path) -> None:
+    steps = plan()
+    runs = [step.parameters["run"] for name, step in steps.items() if name.startswith("03_train/")]
+    evaluated = [step for name, step in steps.items() if name.startswith("05_evaluate/")]
+    assert [step.parameters["run"] for step in evaluated] == runs
+    assert [step.output.name for step in evaluated] == [Path(run).name for run in runs]
+    assert steps["06_compare"].parameters["runs"] == runs
+    assert set(steps["06_compare"].upstream) == {s for n, s in steps.items() if n[:2] in {"03", "05"}}
+
+
+def test_a_run_named_in_the_recipe_is_taken_instead(lab: Path) -> None:
+    write_recipe(lab, '05_evaluate: {run: "elsewhere/clip"}\n06_compare: {runs: [a, b]}')
+    evaluate, compare = batch.plan("tiny")[0]
+    assert evaluate.parameters["run"] == "elsewhere/clip"
+    assert compare.parameters["runs"] == ["a", "b"]
+
+
+def test_a_training_without_arms_and_grid_is_one_run(lab: Path) -> None:
+    write_recipe(lab, "03_train: {episodes: 2}")
+    (step,) = batch.plan("tiny")[0]
+    assert step.name == "03_train/run" and step.parameters["episodes"] == 2
+
+
+def test_a_list_is_an_axis_only_under_grid(lab: Path) -> None:
+    write_recipe(lab, "03_train: {common: {k: [10, 20]}, grid: {k: [[10, 20], 30], seed: [0]}}")
+    steps = batch.plan("tiny")[0]
+    assert [(s.output.name, s.parameters["k"]) for s in steps] == [("k=-10,-20-_seed=0", [10, 20]), ("k=30_seed=0", 30)]
+
+
+def test_braces_that_name_nothing_stay_as_they_are(lab: Path) -> None:
+    templates = plan()["02_extract_teacher:other"].parameters["templates"]
+    assert templates == ["a {}.", "a 100 {colour} thing"]
+
+
+def test_overrides_reach_recipe_step_arm_and_grid(lab: Path) -> None:
+    steps = plan("size=7", "03_train.episodes=5", "03_train.protoclip.k=[8, 9]", "03_train.seed=3")
+    assert steps["01_prepare_data"].parameters["size"] == 7
+    assert {name for name in steps if name.startswith("03")} == {"03_train/clip_seed=3", "03_train/protoclip_seed=3"}
+    assert {s.parameters["episodes"] for name, s in steps.items() if name.startswith("03")} == {5}
+    assert steps["03_train/protoclip_seed=3"].parameters["k"] == [8, 9]
+    assert "k" not in steps["03_train/clip_seed=3"].parameters
+    assert plan("02_extract_teacher:other.rate=1e-3")["02_extract_teacher:other"].parameters["rate"] == 0.001
+
+
+def test_a_recipe_parameter_left_open_comes_from_the_environment(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAME", "from-environment")
+    model = batch.plan("tiny")[0][1].parameters["model"]
+    assert model == "from-environment"
+    assert plan("name=given")["02_extract_teacher:minilm"].parameters["model"] == "given"
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sise=7", "unknown name 'sise'; did you mean size?"),
+        ("episodes=7", "unknown name 'episodes'; did you mean 03_train.episodes?"),
+        ("03_train.episods=7", "did you mean 03_train.episodes?"),
+        ("03_train.protoclp.k=7", "did you mean 03_train.protoclip.k?"),
+        ("01_prepare_data.output=x", "did you mean 01_prepare_data.size?"),
+        ("03_train.run=x", "unknown name '03_train.run'"),
+        ("03_train.k=7", "arm protoclip sets k itself; write -p 03_train.protoclip.k=7"),
+        ("03_train.episodes=-1", "episodes = -1 is out of range"),
+        ("03_train.protoclip.teachers=[{feature: x}]", "nearest valid name is 'features'"),
+        ("size", "write it as name=value"),
+        ("size=[", "not YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, message: str) -> None:
+    with pytest.raises(batch.RecipeError, match=re.escape(message)):
+        plan(override)
+    assert not (lab / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("01_prepare_dat: {}", "unknown name '01_prepare_dat'; did you mean 01_prepare_data?"),
+        ("01_prepare_data: {sizes: 3}", "01_prepare_data: unknown name 'sizes'; did you mean size?"),
+        ("03_train: {arms: {clip: {episods: 3}}}", "03_train.clip: unknown name 'episods'; did you mean episodes?"),
+        ("03_train: {grid: {sed: [0]}}", "03_train.grid: unknown name 'sed'; did you mean seed?"),
+        ("03_train: {arm: {clip: {}}}", "unknown name 'arm'; did you mean arms?"),
+        ("03_train: {grid: {seed: 0}}", "grid.seed is 0; an axis is a list of values, such as [0]"),
+        ("03_train: {grid: {k: [[1], [1]]}}", "two runs would both write to"),
+        ('02_extract_teacher: {table: "{01_prepare_data}/x"}', "names no earlier step: unknown name '01_prepare_data'"),
+        ("01_prepare_data: {}\n01_prepare_data: {size: 3}", "'01_prepare_data' stands twice"),
+        ("parameters: {flickr8k: null}", "add -p flickr8k=FOLDER, or set FLICKR8K=FOLDER"),
+        ("- 01_prepare_data", "a recipe is a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_remedy(
+    lab: Path, recipe: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLICKR8K", raising=False)
+    write_recipe(lab, recipe)
+    with pytest.raises(batch.RecipeError, match=re.escape(message)):
+        batch.plan("tiny")
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest(lab: Path) -> None:
+    with pytest.raises(batch.RecipeError, match="unknown name 'tyni'; did you mean tiny"):
+        batch.plan("tyni")
+
+
+def test_planning_loads_nothing_heavy() -> None:
+    code = "import protoclip_lab.batch, sys; sys.exit(str({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PYTHON_PATH, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+
+
+# ---------------------------------------------------------------- what runs, and what runs again
+
+
+@pytest.fixture
+def executed(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the recipe with notebooks executed in this process; returns the names of the folders written to."""
+    import papermill
+
+    def execute_notebook(notebook: Path, executed: Path, parameters: dict, **_: object) -> None:
+        names: dict[str, object] = {}
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= {**parameters, "Path": Path}
+        shutil.copy(notebook, executed)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setattr(batch, "_write_page", lambda step: step.page.write_text(""))
+
+    def run(*overrides: str) -> list[str]:
+        (lab / "log.txt").write_text("")
+        batch.run("tiny", ["name=m", "03_train.seed=0", *overrides])
+        return (lab / "log.txt").read_text().split()
+
+    return run
+
+
+TRAININGS = ["clip_seed=0", "protoclip_seed=0"]
+TEACHERS = ["02_extract_teacher_minilm", "02_extract_teacher_other"]
+
+
+def test_finished_steps_are_not_run_again(executed) -> None:
+    assert executed() == ["01_prepare_data", *TEACHERS, *TRAININGS, *TRAININGS]
+    assert executed() == []
+
+
+def test_a_changed_parameter_runs_its_step_and_those_that_read_from_it(executed) -> None:
+    executed()
+    assert executed("02_extract_teacher:other.rate=2") == ["02_extract_teacher_other"]
+    assert executed("02_extract_teacher:other.rate=2", "02_extract_teacher:minilm.model=n") == [
+        "02_extract_teacher_minilm",
+        "protoclip_seed=0",
+        "protoclip_seed=0",
+    ]
+
+
+def test_a_step_made_again_makes_those_that_read_from_it_again(executed, lab: Path) -> None:
+    executed()
+    shutil.rmtree(lab / "reports/tiny/02_extract_teacher_minilm")
+    assert executed() == ["02_extract_teacher_minilm", "protoclip_seed=0", "protoclip_seed=0"]
+
+
+def test_an_unfinished_training_is_taken_up_in_its_folder(executed, lab: Path) -> None:
+    executed()
+    run = lab / "reports/tiny/03_train/clip_seed=0"
+    (run / "checkpoint").touch()
+    record = json.loads((run / "step.json").read_text())
+    (run / "step.json").write_text(json.dumps({**record, "finished": None}))
+    assert executed()[0] == "clip_seed=0"
+    assert (run / "checkpoint").exists() and not list(run.parent.glob("*.old-*"))
+
+
+def test_a_training_with_other_parameters_starts_anew_and_keeps_the_old_one_aside(executed, lab: Path) -> None:
+    executed()
+    run = lab / "reports/tiny/03_train/clip_seed=0"
+    for episodes in (7, 8):
+        (run / "checkpoint").write_text(str(episodes))
+        assert "clip_seed=0" in executed(f"03_train.episodes={episodes}")
+        assert not (run / "checkpoint").exists()
+    assert [(run.with_name(f"{run.name}.old-{n}") / "checkpoint").read_text() for n in (1, 2)] == ["7", "8"]
+
+
+def test_an_edited_notebook_runs_again_in_its_folder(executed, lab: Path) -> None:
+    executed()
+    run = lab / "reports/tiny/03_train/clip_seed=0"
+    (run / "checkpoint").touch()
+    parameters, code = NOTEBOOKS["03_train"]
+    write_notebook(lab, "03_train", parameters, f"{code}\n# edited")
+    assert executed() == [*TRAININGS, *TRAININGS]
+    assert (run / "checkpoint").exists()
+
+
+# ---------------------------------------------------------------- with real kernels
+
+
+class Requests(HTMLParser):
+    """Addresses a browser would load by itself, and the text of scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.html, self.scripts, self.in_script = html, "", False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.in_script = tag == "script"
+        loads = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "video": "src"}
+        self.addresses += [value or "" for name, value in attributes if name == loads.get(tag)]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
+
+    def handle_data(self, data: str) -> None:
+        self.scripts += data if self.in_script else ""
+
+    def hosts(self) -> list[str]:
+        called = re.findall(r"https?:[^\s\"']+", self.scripts) + re.findall(
+            r"@import.*|url\([\"']?https?:.*", self.html
+        )
+        return called + [a for a in self.addresses if re.match(r"(https?:)?//", a)]
+
+
+def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    # a kernel registered under the usual name that isn't this interpreter
+    (lab / "jupyter/kernels/python3").mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "broken", "language": "python"}
+    (lab / "jupyter/kernels/python3/kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(lab / "jupyter"))
+    picture = "from IPython.display import Image\nimport sys\nfrom PIL import Image as Drawing\n"
+    picture += 'Path(output, "figures").mkdir()\npng = Path(output, "figures", "umap_gap.png")\n'
+    picture += 'Drawing.new("RGB", (8, 8)).save(png)\nprint(size, sys.executable, Path.cwd())\nImage(png)'
+    write_notebook(lab, "01_prepare_data", NOTEBOOKS["01_prepare_data"][0], "from pathlib import Path\n" + picture)
+    write_notebook(
+        lab, "06_compare", NOTEBOOKS["06_compare"][0], "from pathlib import Path", NOTEBOOKS["06_compare"][1]
+    )
+    write_recipe(lab, "01_prepare_data: {size: 77}\n06_compare: {}")
+
+    monkeypatch.setattr(sys, "argv", ["protoclip_lab", "run", "tiny", "--out", "out"])
+    __main__.main()
+    shown = capsys.readouterr()
+    assert shown.out == f"report: {lab}/out/index.html\n"
+    lines = [re.sub(r"  \d:\d\d:\d\d$", "", line) for line in shown.err.splitlines()]
+    assert lines == [
+        f"[{n}/2] {name}  {state}"
+        for n, name in enumerate(["01_prepare_data", "06_compare"], 1)
+        for state in ("starts", "done")
+    ]
+
+    notebook = nbformat.read(lab / "out/01_prepare_data/01_prepare_data.ipynb", as_version=4)
+    assert f'output = "{lab}/out/01_prepare_data"' in notebook.cells[2].source
+    assert notebook.cells[3].outputs[0].text == f"77 {sys.executable} {lab}\n"
+
+    page = (lab / "out/01_prepare_data/01_prepare_data.html").read_text()
+    assert Requests(page).addresses and Requests(page).hosts() == []
+    assert page.count("<details") == 3
+
+    index = (lab / "out/index.html").read_text()
+    assert Requests(index).hosts() == []
+    assert Requests(index).addresses == ["01_prepare_data/figures/umap_gap.png"]
+    for link in re.findall(r'(?:href|src)="([^"#]+)"', index):
+        assert (lab / "out" / link).is_file()
+    assert "<td>shape &lt;top-1&gt;</td><td>41.2 ± 0.8</td><td>55.0 ± 1.2</td>" in index
+
+
+def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_path: Path) -> None:
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "a", "version_major": 2, "version_minor": 0}}
+    outputs = [
+        v4.new_output("display_data", data={**widget, "text/plain": "bar"}),
+        v4.new_output("display_data", data={"text/vnd.mermaid": "graph LR; a-->b"}),
+    ]
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell("$x$"), v4.new_code_cell("1", outputs=outputs)])
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {"a": {}}}}
+    step = batch.Step("01_prepare_data", Path("01_prepare_data.ipynb"), tmp_path)
+    nbformat.write(notebook, step.executed)
+    batch._write_page(step)
+    assert Requests(step.page.read_text()).hosts() == []
+
+
+def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_notebook(
+        lab, "01_prepare_data", 'output = "x"', "1 + 1", 'rows = 3\nraise ValueError("row 3: no image")'
+    )
+    write_recipe(lab, "01_prepare_data: {}\n06_compare: {}")
+    monkeypatch.setattr(sys, "argv", ["protoclip_lab", "run", "tiny"])
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    executed = lab / "reports/tiny/01_prepare_data/01_prepare_data.ipynb"
+    message = str(stopped.value.code)
+    for part in (
+        "01_prepare_data failed in cell 5 of 5 (In [4]: rows = 3)",
+        "ValueError: row 3: no image",
+        f"notebook: {source}",
+        f"executed: {executed}",
+    ):
+        assert part in message
+    assert "row 3: no image" in executed.read_text()
+    assert not (lab / "reports/tiny/06_compare").exists()
+    assert "not finished" in (lab / "reports/tiny/index.html").read_text()
+
+
+def test_a_kernel_that_dies_is_a_failure_of_its_cell(lab: Path) -> None:
+    write_notebook(lab, "01_prepare_data", 'output = "x"', "import os\nos._exit(1)")
+    write_recipe(lab, "01_prepare_data: {}")
+    with pytest.raises(
+        batch.StepFailed, match="01_prepare_data: the kernel died in cell 4 of 4; was there enough memory"
+    ):
+        batch.run("tiny")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_no_kernel_nor_child_of_one(lab: Path, stop: signal.Signals) -> None:
+    child = "import subprocess, time\nsubprocess.Popen(['sleep', '600'])\nopen('started', 'w')\ntime.sleep(600)"
+    write_notebook(lab, "01_prepare_data", 'output = "x"', child)
+    write_recipe(lab, "01_prepare_data: {}")
+    runner = psutil.Popen(
+        [sys.executable, "-m", "protoclip_lab", "run", "tiny"],
+        env={**os.environ, "PYTHONPATH": PYTHON_PATH},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (lab / "started").exists():
+        assert runner.poll() is None, runner.stderr.read()
+        time.sleep(0.02)
+    children = runner.children(recursive=True)
+    assert len(children) == 2
+    runner.send_signal(stop)
+    _, messages = runner.communicate()
+    assert runner.returncode == 128 + stop
+    # an orphan that was killed may wait as a zombie for init to collect it
+    assert [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE] == []
+    assert messages.endswith("stopped; the same command continues from there\n")
+    assert "Traceback" not in messages
+
+
+# ---------------------------------------------------------------- python -m protoclip_lab train
+
+
+def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(protoclip_lab, "training", SimpleNamespace(train=seen.append), raising=False)
+    for name, text in (("c.yaml", "{episodes: 2, lr: 5e-4}"), ("c.json", '{"episodes": 2, "lr": 0.0005}')):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / name), "-p", "k=[5, 6]"])
+        __main__.main()
+    assert [(c.episodes, c.lr, c.k) for c in seen] == [(2, 0.0005, [5, 6])] * 2
+    monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml"), "-p", "episods=3"])
+    with pytest.raises(SystemExit, match="nearest valid name is 'episodes'"):
+        __main__.main()

@@ -158,7 +158,9 @@ def _torch_kmeans(
             centroids = init.to(features)
         for _ in range(iterations):
             labels = nearest(features, centroids)
-            centroids = _split_empty(back_translate(labels, features, k), torch.bincount(labels, minlength=k), generator)
+            centroids = _split_empty(
+                back_translate(labels, features, k), torch.bincount(labels, minlength=k), generator
+            )
         labels = nearest(features, centroids)
         objective = _objective(features, labels, centroids)
         if best is None or objective < best[0]:

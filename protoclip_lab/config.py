@@ -1,8 +1,9 @@
 """TrainConfig: every setting of a training, its meaning and its bounds."""
 
 import difflib
+import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -70,7 +71,9 @@ class TrainConfig(Settings):
     workers: int = Field(1, ge=0, description="processes that read and augment images")
 
     # --- data
-    table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes is drawn on the spot")
+    table: str = Field(
+        "shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes is drawn on the spot"
+    )
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
     image_column: str = Field("filepath", description="column of image paths")
     caption_column: str = Field("title", description="column of captions")
@@ -98,7 +101,9 @@ class TrainConfig(Settings):
     episodes: int = Field(8, ge=1, description="number of episodes")
     episode_size: int | None = Field(3000, ge=1, description="pairs in an episode; None takes the whole table")
     infonce_warmup_episodes: int = Field(1, ge=0, description="first episodes by the alignment loss alone")
-    lit_start_episode: int | None = Field(None, ge=1, description="from here on image tower locked, alignment loss alone")
+    lit_start_episode: int | None = Field(
+        None, ge=1, description="from here on image tower locked, alignment loss alone"
+    )
 
     # --- losses
     alignment: Literal["infonce", "siglip"] = Field("infonce", description="loss between images and texts")
@@ -122,7 +127,9 @@ class TrainConfig(Settings):
     accumulation: int = Field(1, ge=1, description="forward passes in a step; the alignment loss spans all of them")
     lr: float = Field(1e-3, ge=0, description="base learning rate")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    text_lr: float | None = Field(None, ge=0, description="base learning rate of all but the image tower; None takes lr")
+    text_lr: float | None = Field(
+        None, ge=0, description="base learning rate of all but the image tower; None takes lr"
+    )
     text_start_episode: int = Field(1, ge=1, description="first episode in which all but the image tower learns")
     text_end_episode: int | None = Field(None, ge=1, description="episode at whose end its rate is 0; None is the last")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
@@ -190,6 +197,31 @@ class TrainConfig(Settings):
         given = {name: self.k for name in own}
         given |= {name: t.k or self.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
         return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
+
+
+def notebook_settings(namespace: dict[str, Any]) -> dict[str, Any]:
+    """A notebook's own variables: what its parameters cell and papermill have set, without imports and IPython's names."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in ("In", "Out")
+        and not callable(value)
+        and not inspect.ismodule(value)
+    }
+
+
+def call(function: Callable, namespace: dict[str, Any]) -> Any:
+    """Call ``function`` with a notebook's own variables; papermill itself only warns of unknown names.
+
+    Raises:
+        ValueError: a variable is no argument of the function; the nearest one is named.
+    """
+    settings, known = notebook_settings(namespace), inspect.signature(function).parameters
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")
+    return function(**settings)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import TrainConfig, nearest_name
+from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.randomness import derive
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -213,6 +215,21 @@ def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int =
     bar = tqdm(starts, desc="encoding captions", disable=not progress, mininterval=2, leave=False)
     batches = (model.tokenizer(captions[start : start + batch_size]) for start in bar)
     return _encode(model, batches, lambda batch: model(tokens=batch).text)
+
+
+@torch.no_grad()
+def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
+    """All four features of some rows of a table, (n, d) float32 on the CPU, under the eval transform."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found = []
+    bar = tqdm(range(0, len(rows), batch_size), desc="encoding pairs", mininterval=2, leave=False)
+    for batch in (rows[start : start + batch_size] for start in bar):
+        images = torch.stack([model.eval_transform(pairs.image(row)) for row in batch])
+        tokens = model.tokenizer([pairs.caption(row) for row in batch])
+        found.append([part.cpu() for part in model(images.to(device), tokens.to(device))])
+    model.train(training)
+    return Outputs(*map(torch.cat, zip(*found, strict=True)))
 
 
 @torch.no_grad()

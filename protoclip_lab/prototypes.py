@@ -1,9 +1,12 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from protoclip_lab import clustering, losses
@@ -33,7 +36,9 @@ class Prototypes:
     teacher_centroids: Tensor  # (K, d_t) T
     centroids: Tensor  # (K, d) C, back-translated
     targets: Tensor  # (K, d) M, expected prototypes
-    occupied: Tensor | None  # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
+    occupied: (
+        Tensor | None
+    )  # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
     weight: float
     carried: bool = False  # made in an earlier episode: the stored labels are of other samples
 
@@ -120,12 +125,12 @@ def construct(
                 centroids = found.centroids
                 if back_translation:
                     centroids = clustering.back_translate(found.labels, features[student], k)
-                targets = losses.expected_prototypes(
-                    found.centroids, centroids, teacher.temperature, occupied=occupied
-                )
+                targets = losses.expected_prototypes(found.centroids, centroids, teacher.temperature, occupied=occupied)
                 weight = teacher.weight / len(teacher.ks)
                 records.append(
-                    Prototypes(student, teacher.name, found.labels, found.centroids, centroids, targets, occupied, weight)
+                    Prototypes(
+                        student, teacher.name, found.labels, found.centroids, centroids, targets, occupied, weight
+                    )
                 )
     return records, clusters
 
@@ -133,3 +138,26 @@ def construct(
 def carry(records: Sequence[Prototypes]) -> list[Prototypes]:
     """The same prototypes for an episode of other samples: labels become a matter of the nearest centroid."""
     return [replace(record, carried=True) for record in records]
+
+
+TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")
+
+
+def save(records: Sequence[Prototypes], folder: Path) -> None:
+    """Write the prototypes in force into a checkpoint folder."""
+    tensors = {f"{index}/{key}": getattr(record, key) for index, record in enumerate(records) for key in TENSORS}
+    # Clones: records share labels and centroids, which safetensors refuses to write twice.
+    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items() if value is not None}
+    save_file(tensors, str(folder / "prototypes.safetensors"))
+    about = [{"student": r.student, "teacher": r.teacher, "weight": r.weight} for r in records]
+    (folder / "prototypes.json").write_text(json.dumps(about))
+
+
+def load(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Prototypes]:
+    """The prototypes in force when a checkpoint was written; none for plain CLIP."""
+    folder = Path(checkpoint)
+    tensors = load_file(folder / "prototypes.safetensors", device=str(device))
+    return [
+        Prototypes(**{key: tensors.get(f"{index}/{key}") for key in TENSORS}, **about, carried=True)
+        for index, about in enumerate(json.loads((folder / "prototypes.json").read_text()))
+    ]

@@ -9,15 +9,19 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip_lab.config import TrainConfig
+from protoclip_lab.data.pairs import Pairs
+from protoclip_lab.data.source import open_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,11 +62,13 @@ class Run:
         file = path / "config.json"
         wanted = config.model_dump(mode="json")
         if file.exists():
-            found = TrainConfig(**json.loads(file.read_text())).model_dump(mode="json")
+            found = TrainConfig(**json.loads(file.read_text("utf-8"))).model_dump(mode="json")
             other = {k: (found[k], v) for k, v in wanted.items() if k not in FREE and found[k] != v}
             if other:
                 listed = ", ".join(f"{k} = {there!r} there, {asked!r} asked for" for k, (there, asked) in other.items())
-                raise ValueError(f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
+                raise ValueError(
+                    f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder."
+                )
         path.mkdir(parents=True, exist_ok=True)
         write_json(file, wanted)
         if not (path / "environment.json").exists():
@@ -72,7 +78,7 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         """The run's settings."""
-        return TrainConfig(**json.loads((self.path / "config.json").read_text()))
+        return TrainConfig(**json.loads((self.path / "config.json").read_text("utf-8")))
 
     @property
     def finished(self) -> bool:
@@ -102,10 +108,30 @@ class Run:
             log.warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
         return None
 
+    def checkpoint(self, path: str | Path = "") -> Path:
+        """The checkpoint at ``path``, by default the latest.
+
+        Raises:
+            FileNotFoundError: there is none yet.
+        """
+        found = Path(path) if path else self.latest
+        if found is None:
+            raise FileNotFoundError(f"{self.path} has no checkpoint yet: let 03_train finish an episode first")
+        return found
+
     def append(self, file: str, row: Mapping[str, Any]) -> None:
         """Add one row to a ``.jsonl`` file of the run."""
         with (self.path / file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def record_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep evaluation rows; a measure taken again takes the place of what it found before."""
+
+        def key(row: Mapping[str, Any]) -> tuple:
+            return row["episode"], row["dataset"], row["measure"]
+
+        known = {key(row): row for row in [*_read_rows(self.path / "evaluation.jsonl"), *rows]}
+        write_text(self.path / "evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in known.values()))
 
     def truncate(self, episode: int) -> None:
         """Drop what was logged after an episode: the resumed run writes it again."""
@@ -148,10 +174,98 @@ class Run:
             yield
 
 
+def pairs_of(run: Run) -> Pairs:
+    """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
+    config = run.config
+    return open_pairs(
+        run.path.parent / "shapes" if config.table == "shapes" else run.path,
+        config.table,
+        image_root=config.image_root,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        where=config.where,
+        dataset_size=config.dataset_size,
+        max_bad_share=config.max_bad_share,
+    )
+
+
 def damaged_files(folder: Path) -> list[str]:
     """Files of a checkpoint that are missing or differ from their checksum."""
-    sums = json.loads((folder / CHECKSUMS).read_text())
+    sums = json.loads((folder / CHECKSUMS).read_text("utf-8"))
     return [name for name, wanted in sums.items() if not (folder / name).exists() or _sha256(folder / name) != wanted]
+
+
+HEADLINES = ["zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_AMI"]
+
+
+def compare(runs: Sequence[str | Path], output: str | Path = "", measures: Sequence[str] = ()) -> Comparison:
+    """Any number of runs side by side, by their last evaluation.
+
+    Runs that differ in their seed alone are one arm: its name is the run folder's without the seed.
+
+    Args:
+        runs: run folders, evaluated.
+        output: folder for ``comparison.csv`` (one column per arm, mean ± standard deviation over seeds) and
+            ``values.csv`` (a row per run, all measures); empty writes none.
+        measures: endings of the names to show, such as "top1"; none takes the field's headline measures.
+
+    Raises:
+        ValueError: a run without evaluations.
+    """
+    import pandas as pd
+
+    rows, opened = [], [Run(run) for run in runs]
+    for run in opened:
+        found = run.evaluations()
+        if found.empty:
+            raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
+        last = found[found["episode"] == found["episode"].max()]
+        arm = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name
+        values = {f"{row.dataset}: {row.measure}": row.value for row in last.itertuples()}
+        rows.append({"run": run.path.name, "arm": arm, "seed": run.config.seed, **values})
+    values = pd.DataFrame(rows)
+    shown = [c for c in values.columns[3:] if c.endswith(tuple(measures or [f": {m}" for m in HEADLINES]))]
+    arms = values.groupby("arm", sort=False)[shown]
+    mean, spread = arms.mean().T, arms.std().T
+    table = mean.map("{:.2f}".format) + spread.map(lambda sd: "" if pd.isna(sd) else f" ± {sd:.2f}")
+    table.index.name = "measure"
+    if output:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        table.to_csv(Path(output) / "comparison.csv")
+        values.to_csv(Path(output) / "values.csv", index=False)
+    return Comparison(values, table, shown, opened)
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` found."""
+
+    values: pd.DataFrame  # a row per run: run, arm, seed, then every measure
+    table: pd.DataFrame  # a row per measure shown, a column per arm: mean ± standard deviation
+    shown: list[str]  # the measures shown
+
+    runs: list[Run]
+
+    def curves(self) -> pd.DataFrame:
+        """Episode metrics of the runs, one after the other, told apart by column "run"."""
+        import pandas as pd
+
+        return pd.concat([run.metrics(kind="episode").assign(run=run.path.name) for run in self.runs])
+
+    def settings(self) -> pd.DataFrame:
+        """A row for each setting in which the runs differ, a column for each run."""
+        import pandas as pd
+
+        table = pd.DataFrame({run.path.name: run.config.model_dump(mode="json") for run in self.runs}).astype(str)
+        return table[table.nunique(axis=1) > 1].drop(index="run", errors="ignore")
+
+
+def keep(figure: Any, output: str | Path, name: str) -> Any:
+    """Save a figure as ``output/figures/name.png`` and hand it back, for a notebook's last line."""
+    folder = Path(output) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png")
+    return figure
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,7 +276,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new, never half of one."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text)
+    staging.write_text(text, "utf-8")
     _sync(staging)
     staging.replace(path)
 
@@ -170,7 +284,7 @@ def write_text(path: Path, text: str) -> None:
 def _read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text("utf-8").split("\n")
     # What follows the last newline was cut off by a kill in mid-write.
     return [json.loads(line) for line in lines[:-1]]
 

@@ -15,6 +15,8 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
+from protoclip_lab.data.source import open_pairs
+
 log = logging.getLogger(__name__)
 
 # Hub models whose unchanged files an installable package carries, for machines that cannot reach the hub.
@@ -142,6 +144,44 @@ def build(
     partial.unlink()
     state_path.unlink()
     return out
+
+
+def teach(
+    output: str | Path,
+    table: str = "shapes",
+    *,
+    model: str,
+    kind: str = "text",
+    dim: int | None = 64,
+    pooling: str = "mean",
+    batch_size: int = 128,
+    image_root: str | Path = "",
+    image_column: str = "filepath",
+    caption_column: str = "title",
+    where: dict[str, Any] | None = None,
+    dataset_size: int | None = None,
+) -> tuple[Path, Any]:
+    """Teacher features of a table as ``output/teacher.npy``: :func:`build` on its pairs.
+
+    Args:
+        image_root and the rest: how to open the table, see :func:`protoclip_lab.data.source.open_pairs`.
+
+    Returns:
+        The file, and the pairs it belongs to.
+    """
+    output = Path(output)
+    pairs = open_pairs(
+        output.parent / "shapes" if table == "shapes" else output,
+        table,
+        image_root=image_root,
+        image_column=image_column,
+        caption_column=caption_column,
+        where=where,
+        dataset_size=dataset_size,
+    )
+    options = {"pooling": pooling} if kind == "text" else {}
+    path = build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options)
+    return path, pairs
 
 
 def load(path: str | Path, pairs: Any) -> np.memmap:

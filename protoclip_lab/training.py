@@ -21,14 +21,13 @@ from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data import shapes
 from protoclip_lab.data.batches import Batches, Reader, augmentation
 from protoclip_lab.data.episodes import Episodes
-from protoclip_lab.data.pairs import BAD_ROWS, Pairs, prepare
+from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.encoders import Outputs, TwoTowers
 from protoclip_lab.prototypes import Prototypes, Teacher
 from protoclip_lab.randomness import derive
-from protoclip_lab.runs import Run, write_json
+from protoclip_lab.runs import Run, pairs_of, write_json
 
 # Pairs in the picture that `draw_every` makes.
 DRAWN = 1000
@@ -54,24 +53,6 @@ def train(config: TrainConfig | Mapping[str, Any]) -> Run:
         with run.locked():
             _Trainer(config, run).fit()
     return run
-
-
-def open_pairs(config: TrainConfig, folder: Path) -> Pairs:
-    """The pairs a config trains on, prepared under ``folder`` unless its table is prepared already."""
-    table, image_root, where = config.table, config.image_root, config.where
-    if table == "shapes":
-        table = shapes.write(folder.parent / "shapes", 6000)
-        image_root, where = table.with_name("images.tar"), where or {"split": "train"}
-    return prepare(
-        table,
-        folder / "pairs",
-        image_root=image_root,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        where=where,
-        dataset_size=config.dataset_size,
-        max_bad_share=config.max_bad_share,
-    )
 
 
 def learning_rate(step: int, base: float, start: int, end: int, warmup: int) -> float:
@@ -114,7 +95,7 @@ class _Trainer:
             torch.set_num_threads(config.threads)
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
-        self.pairs = open_pairs(config, run.path)
+        self.pairs = pairs_of(run)
         shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
         self.steps = self.episodes.size // (config.batch_size * config.accumulation)
@@ -137,7 +118,10 @@ class _Trainer:
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.fused = self.device.type in ("cpu", "cuda")
-        groups = parameter_groups(model.to(self.device), config.weight_decay)
+        model.to(self.device)
+        # The layout convolutions run fastest in, on CPUs and GPUs alike.
+        model.clip.visual.to(memory_format=torch.channels_last)
+        groups = parameter_groups(model, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=self.fused)
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -414,7 +398,8 @@ class _Trainer:
                 timer.add("wait", time.perf_counter() - begin)
             if batch is None:
                 return
-            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+            images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
+            yield images.contiguous(memory_format=torch.channels_last), tokens
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
@@ -449,11 +434,9 @@ class _Trainer:
         from protoclip_lab import plots
         from protoclip_lab.evaluation import modality_gap
 
-        rows = range(min(DRAWN, len(self.pairs)))
-        image = encoders.encode_images(self.bare, [self.pairs.image(i) for i in rows], progress=False)
-        text = encoders.encode_texts(self.bare, [self.pairs.caption(i) for i in rows], progress=False)
-        features = torch.cat([image, text]).numpy()
-        xy, _ = plots.embed(features, method="pca", seed=self.config.seed)
+        rows = np.arange(min(DRAWN, len(self.pairs)))
+        image, text, _, _ = encoders.encode_pairs(self.bare, self.pairs, rows)
+        xy, _ = plots.embed(torch.cat([image, text]).numpy(), method="pca", seed=self.config.seed)
         is_text = np.arange(len(xy)) >= len(image)
         figure = plots.joint_map(xy, is_text, gap=modality_gap(image, text)["gap"], method="pca", seed=self.config.seed)
         folder = self.run.path / "figures"
@@ -470,12 +453,11 @@ class _Trainer:
                 for key, value in values.items():
                     state[f"{self.names[parameter]}/{key}"] = value.detach().cpu().contiguous().clone()
             save_file(state, str(folder / "optimizer.safetensors"))
-            save_file(_record_tensors(self.records), str(folder / "prototypes.safetensors"))
-            about = [{"student": r.student, "teacher": r.teacher, "weight": r.weight} for r in self.records]
+            prototypes.save(self.records, folder)
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             write_json(
                 folder / "trainer.json",
-                {"episode": episode, "step": episode * self.steps, "scaler": scaler, "prototypes": about},
+                {"episode": episode, "step": episode * self.steps, "scaler": scaler},
             )
 
         self.run.save(episode, write)
@@ -483,36 +465,19 @@ class _Trainer:
     def _restore(self, checkpoint: Path) -> None:
         about = json.loads((checkpoint / "trainer.json").read_text())
         self.first = about["episode"] + 1
-        self.records = load_prototypes(checkpoint, self.device)
+        self.records = prototypes.load(checkpoint, self.device)
         by_name = {name: parameter for parameter, name in self.names.items()}
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             name, slot = key.rsplit("/", 1)
-            # A clone: safetensors hands out views of one buffer, whose alignment is not an allocation's.
-            value = value.clone().to("cpu" if slot == "step" and not self.fused else self.device)
-            self.optimizer.state[by_name[name]][slot] = value
+            parameter = by_name[name]
+            if slot == "step":
+                state = value.clone().to(self.device if self.fused else "cpu")
+            else:
+                # Laid out as the parameter, in an allocation of its own: fused AdamW walks both side by side.
+                state = torch.empty_like(parameter).copy_(value)
+            self.optimizer.state[parameter][slot] = state
         if about["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
-
-
-def load_prototypes(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Prototypes]:
-    """The prototypes in force when a checkpoint was written; none for plain CLIP."""
-    folder = Path(checkpoint)
-    about = json.loads((folder / "trainer.json").read_text())["prototypes"]
-    tensors = load_file(folder / "prototypes.safetensors", device=str(device))
-    records = []
-    for index, record in enumerate(about):
-        fields = {key: tensors.get(f"{index}/{key}") for key in _TENSORS}
-        records.append(Prototypes(**fields, **record, carried=True))
-    return records
-
-
-_TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")
-
-
-def _record_tensors(records: list[Prototypes]) -> dict[str, Tensor]:
-    tensors = {f"{index}/{key}": getattr(record, key) for index, record in enumerate(records) for key in _TENSORS}
-    # Clones: records share labels and centroids, which safetensors refuses to write twice.
-    return {key: value.cpu().contiguous().clone() for key, value in tensors.items() if value is not None}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -522,7 +487,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision), cpu=config.device == "cpu"
     )
     if config.device not in ("auto", accelerator.device.type):
-        raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {accelerator.device.type!r}")
+        raise ValueError(
+            f"device = {config.device!r} is not there; the nearest valid value is {accelerator.device.type!r}"
+        )
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
     return accelerator

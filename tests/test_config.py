@@ -57,7 +57,12 @@ def test_every_field_has_a_line_papermill_can_read(tmp_path):
 
     path = tmp_path / "n.ipynb"
     cell = nbformat.v4.new_code_cell("old = 1", metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[cell], metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}
+        ),
+        path,
+    )
     write_parameters_cell(path)
     found = inspect_notebook(str(path))
     assert list(found) == list(TrainConfig.model_fields)

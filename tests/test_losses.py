@@ -50,9 +50,7 @@ def test_reference_is_torch_cross_entropy_with_soft_target():
     features, centroids, teacher, labels, scale, _ = problem()
     target = F.softmax(teacher[labels] @ teacher.T / 0.2, dim=1)
     expected = F.cross_entropy(scale * features @ centroids.T, target)
-    torch.testing.assert_close(
-        prototype_loss_reference(features, centroids, teacher, labels, scale, 0.2), expected
-    )
+    torch.testing.assert_close(prototype_loss_reference(features, centroids, teacher, labels, scale, 0.2), expected)
 
 
 def test_empty_clusters_leave_both_softmaxes():
@@ -87,7 +85,9 @@ def test_half_precision_features_are_computed_in_float32():
 
 def test_large_scale_does_not_overflow():
     features, centroids, _, labels, _, _ = problem()
-    loss = prototype_loss(features.float(), 100 * centroids.float(), 100 * centroids.float()[labels], torch.tensor(100.0))
+    loss = prototype_loss(
+        features.float(), 100 * centroids.float(), 100 * centroids.float()[labels], torch.tensor(100.0)
+    )
     assert torch.isfinite(loss)
 
 

@@ -52,9 +52,7 @@ def test_total_equals_the_formula_written_out():
     def direction(teacher, student, k, temperature):
         found = clusters[f"{teacher}_{k}"]
         c = torch.stack([x[student][found.labels == j].mean(0) for j in range(k)])
-        return prototype_loss_reference(
-            x[student][rows], c, found.centroids, found.labels[rows], scale, temperature
-        )
+        return prototype_loss_reference(x[student][rows], c, found.centroids, found.labels[rows], scale, temperature)
 
     expected = 0.5 * (direction("image", "text", 10, 0.01) + direction("text", "image", 10, 0.01))
     for student in ("image", "text"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from protoclip_lab import encoders, prototypes, training
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.runs import Run
-from protoclip_lab.training import NonFiniteLoss, learning_rate, load_prototypes, parameter_groups, train
+from protoclip_lab.training import NonFiniteLoss, learning_rate, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_plain_clip_has_no_heads_and_no_prototypes(run):
     assert "time/extract" not in found.metrics()
     model = encoders.load(found.latest)
     assert model.image_head is None and model.logit_scale_proto is None
-    assert load_prototypes(found.latest) == []
+    assert prototypes.load(found.latest) == []
 
 
 def test_warm_up_spends_nothing_on_extraction_or_clustering(run, monkeypatch):
@@ -113,7 +113,9 @@ def test_accumulated_step_equals_one_large_batch(run):
     settings = {"projection_depth": 0, "episodes": 2, "lr": 1e-5, "weight_decay": 0.0}
     whole, parts = run(**settings), run(**settings, batch_size=4, accumulation=4)
     np.testing.assert_allclose(whole.metrics(kind="step")["loss"], parts.metrics(kind="step")["loss"], rtol=1e-4)
-    np.testing.assert_allclose(whole.metrics(kind="step")["grad_norm"], parts.metrics(kind="step")["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(
+        whole.metrics(kind="step")["grad_norm"], parts.metrics(kind="step")["grad_norm"], rtol=1e-3
+    )
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=2e-5)
 
@@ -185,7 +187,7 @@ def test_learning_teaches_something(run):
 
 def test_external_teacher_teaches_both_towers_at_its_own_k(run, teacher):
     found = run(teachers=[teacher | {"k": [3, 5]}])
-    names = [(r.teacher, r.student, len(r.centroids)) for r in load_prototypes(found.latest)]
+    names = [(r.teacher, r.student, len(r.centroids)) for r in prototypes.load(found.latest)]
     assert names[2:] == [("minilm", "image", 3), ("minilm", "text", 3), ("minilm", "image", 5), ("minilm", "text", 5)]
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -30,16 +30,14 @@ class Labelled:
         classes: C class names as they stand in the data, sorted; a class has at least one image.
         class_names: the same C classes in words, for prompts.
         labels: (N,) int64, index into ``classes``.
-        images: N RGB images, read when asked for.
-        fingerprint: of the images; sets with the same one can share features.
+        images: N RGB images, read when asked for; equal ``images.fingerprint`` means equal features.
     """
 
     name: str
     classes: list[str]
     class_names: list[str]
     labels: np.ndarray
-    images: Sequence[Image.Image]
-    fingerprint: str
+    images: "ImageFiles | PairImages"
 
 
 @dataclass
@@ -48,6 +46,19 @@ class ImageFiles(Sequence):
 
     root: Path
     members: list[tuple[str, tuple[int, int] | None]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over paths, sizes and times of change: no image is read for it."""
+        names = [str(self.root.absolute()), *(name for name, _ in self.members)]
+        files = [self.root, *(self.root if place else self.root / name for name, place in self.members)]
+        states = [file.stat() for file in files]
+        return fingerprint(names, (f"{state.st_size} {state.st_mtime_ns}" for state in states))
+
+    @property
+    def paths(self) -> set[str]:
+        """Where each image is."""
+        return {str(self.root.resolve() / name) for name, _ in self.members}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -73,7 +84,14 @@ class PairImages(Sequence):
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
+        # The table's own fingerprint does not say which folder or tar its images are in.
+        self.fingerprint = fingerprint([str(pairs.folder.absolute())], [pairs.fingerprint])
         _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
+
+    @property
+    def paths(self) -> set[str]:
+        """Where each image is, as the table says."""
+        return set(self.pairs.column("filepath"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,9 +129,7 @@ def from_classes(path: str | Path, classes: str | Path | Sequence[str] | None = 
             f"{path} has class folders in {found or 'no place'}: expected <class>/<image file>, in one place"
         )
     members = [(str(file), place) for file, place in files.items()]
-    sizes = (str(place[1] if place else (path / name).stat().st_size) for name, place in members)
-    mark = fingerprint((name for name, _ in members), sizes)
-    return _labelled(str(path), [file.parent.name for file in files], classes, ImageFiles(path, members), mark)
+    return _labelled(str(path), [file.parent.name for file in files], classes, ImageFiles(path, members))
 
 
 def from_pairs(pairs: Pairs, label_column: str, classes: str | Path | Sequence[str] | None = None) -> Labelled:
@@ -129,25 +145,24 @@ def from_pairs(pairs: Pairs, label_column: str, classes: str | Path | Sequence[s
     differs = labels[images.image_of_caption] != values
     if differs.any():
         row = int(differs.argmax())
-        both = f"{labels[images.image_of_caption[row]]!r} and {values[row]!r}"
+        both = f"'{labels[images.image_of_caption[row]]}' and '{values[row]}'"
         raise ValueError(
             f"{pairs.column('filepath')[row]} of {pairs.source} has two values of {label_column!r}: {both}"
         )
-    return _labelled(f"{pairs.source}:{label_column}", labels, classes, images, pairs.fingerprint)
+    return _labelled(f"{pairs.source}:{label_column}", labels, classes, images)
 
 
 def _labelled(
     name: str,
     values: Sequence[str],
     classes: str | Path | Sequence[str] | None,
-    images: Sequence[Image.Image],
-    fingerprint: str,
+    images: ImageFiles | PairImages,
 ) -> Labelled:
     found, labels = np.unique(values, return_inverse=True)
     names = [value.replace("_", " ") for value in found.tolist()]
     if classes is not None:
         names = _fitting(class_names(classes), found.tolist(), name)
-    return Labelled(name, found.tolist(), names, labels.astype(np.int64), images, fingerprint)
+    return Labelled(name, found.tolist(), names, labels.astype(np.int64), images)
 
 
 def _fitting(names: list[str], found: list[str], where: str) -> list[str]:

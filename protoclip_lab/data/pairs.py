@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from protoclip_lab.config import nearest_name
 
 # Columns of the prepared table; the source table's other columns stay beside them.
-OWN = ("filepath", "title", "row", "image", "file", "offset", "size")
+OWN = ("filepath", "title", "_row", "_image", "_file", "_offset", "_size")
 BAD_ROWS = "bad_rows.jsonl"
 
 
@@ -68,7 +68,9 @@ class Pairs(Sequence):
     def column(self, name: str) -> list:
         """All values of a column."""
         if name not in self._columns:
-            raise KeyError(f"{self.source} has no column {name!r}; the nearest is {nearest_name(name, self._columns)!r}")
+            raise KeyError(
+                f"{self.source} has no column {name!r}; the nearest is {nearest_name(name, self._columns)!r}"
+            )
         return self._columns[name].to_pylist()
 
     @property
@@ -78,7 +80,7 @@ class Pairs(Sequence):
 
     @property
     def image_ids(self) -> np.ndarray:
-        return self._columns["image"].to_numpy()
+        return self._columns["_image"].to_numpy()
 
     def caption(self, index: int) -> str:
         """The caption of one row."""
@@ -86,13 +88,15 @@ class Pairs(Sequence):
 
     def image(self, index: int) -> Image.Image:
         """The image of one row, RGB."""
-        value = {name: self._columns[name][int(index)].as_py() for name in ("file", "offset", "size", "filepath", "row")}
-        path = self._files[value["file"]] if value["file"] >= 0 else os.path.join(self._files[0], value["filepath"])
+        filepath, row, file, offset, size = (
+            self._columns[name][int(index)].as_py() for name in ("filepath", "_row", "_file", "_offset", "_size")
+        )
+        path = self._files[file] if file >= 0 else os.path.join(self._files[0], filepath)
         try:
-            return decode(self._read(path, value["offset"], value["size"]))
+            return decode(self._read(path, offset, size))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{value['filepath']} ({self.source}, row {value['row']}) was readable when the table was prepared and "
+                f"{filepath} ({self.source}, row {row}) was readable when the table was prepared and "
                 f"is not now: {error}. Bring the file back, or run 01_prepare_data again."
             ) from error
 
@@ -157,7 +161,13 @@ def read_table(path: str | Path) -> tuple[pa.Table, np.ndarray, list[dict]]:
     bad: list[dict] = []
 
     def skip(row: csv.InvalidRow) -> str:
-        bad.append({"row": row.number, "filepath": "", "reason": f"{row.actual_columns} fields, {row.expected_columns} expected"})
+        bad.append(
+            {
+                "_row": row.number,
+                "filepath": "",
+                "reason": f"{row.actual_columns} fields, {row.expected_columns} expected",
+            }
+        )
         return "skip"
 
     tabs = suffix != ".csv"
@@ -252,7 +262,9 @@ def prepare(
             f"All of them: {report}"
         )
     if bad:
-        logging.getLogger(__name__).warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
+        logging.getLogger(__name__).warning(
+            "%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS
+        )
     keep = keep[:dataset_size]
     if not keep:
         raise ValueError(f"{table} has no usable pair{f' where {dict(where)}' if where else ''}")
@@ -262,12 +274,12 @@ def prepare(
     columns = {
         "filepath": kept_paths,
         "title": kept_captions,
-        "row": lines[keep],
-        "image": np.array([numbers[path] for path in kept_paths], dtype=np.int64),
+        "_row": lines[keep],
+        "_image": np.array([numbers[path] for path in kept_paths], dtype=np.int64),
         # File 0 is the tar; images of a folder have a path each, which is not spelt out again.
-        "file": np.full(len(keep), 0 if root.is_file() else -1, dtype=np.int32),
-        "offset": np.array([place[path][0] for path in kept_paths], dtype=np.int64),
-        "size": np.array([place[path][1] for path in kept_paths], dtype=np.int64),
+        "_file": np.full(len(keep), 0 if root.is_file() else -1, dtype=np.int32),
+        "_offset": np.array([place[path][0] for path in kept_paths], dtype=np.int64),
+        "_size": np.array([place[path][1] for path in kept_paths], dtype=np.int64),
     }
     others = [name for name in rows.column_names if name not in (*OWN, image_column, caption_column)]
     columns |= {name: rows.column(name).take(keep) for name in others}
@@ -300,12 +312,16 @@ def fingerprint(paths: Iterable[str], captions: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _select(rows: pa.Table, lines: np.ndarray, where: Mapping[str, Any] | None, name: Path) -> tuple[pa.Table, np.ndarray]:
+def _select(
+    rows: pa.Table, lines: np.ndarray, where: Mapping[str, Any] | None, name: Path
+) -> tuple[pa.Table, np.ndarray]:
     import pyarrow.compute as compute
 
     if not where and "split" in rows.column_names:
         found = compute.unique(rows.column("split")).to_pylist()
-        raise ValueError(f"{name} has a column 'split' with {found}: say which rows to take, e.g. where={{'split': {found[0]!r}}}")
+        raise ValueError(
+            f"{name} has a column 'split' with {found}: say which rows to take, e.g. where={{'split': {found[0]!r}}}"
+        )
     for column, wanted in (where or {}).items():
         values = [str(v) for v in wanted] if isinstance(wanted, list | tuple) else [str(wanted)]
         mask = compute.is_in(rows.column(column), pa.array(values)).to_numpy()

@@ -21,7 +21,8 @@ def linear_probe(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: 
 
     Minimises ``mean cross-entropy + strength/2 · ‖W‖²`` (the intercept is free) by L-BFGS in float32. The strength
     is chosen by accuracy on a stratified fifth of train, then all of train is fitted; test takes no part, not even
-    in mean and standard deviation. On N rows scikit-learn's C is ``1 / (N · strength)``.
+    in mean and standard deviation. On N rows scikit-learn's C is ``1 / (N · strength)``, twice that for
+    two classes.
 
     Args:
         train_x, test_x: (N, d), (M, d).

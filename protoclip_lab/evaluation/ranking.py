@@ -47,6 +47,6 @@ def retrieval(image: Any, text: Any, image_of_caption: Any) -> dict[str, float]:
         before_image[rows] = (scores >= best_own[rows, None] - TIE).sum(dim=1)
         before_text += (scores >= own_score - TIE).sum(dim=0)
     asking = before_image[owner.unique()]
-    recalls = {f"image_to_text_R@{k}": 100 * float((asking < k).float().mean()) for k in DEPTHS}
-    recalls |= {f"text_to_image_R@{k}": 100 * float((before_text < k).float().mean()) for k in DEPTHS}
+    recalls = {f"image_to_text_R@{k}": 100 * float((asking < k).double().mean()) for k in DEPTHS}
+    recalls |= {f"text_to_image_R@{k}": 100 * float((before_text < k).double().mean()) for k in DEPTHS}
     return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls)}

@@ -1,13 +1,15 @@
 """Every measure that applies, over any number of data sets, for one model."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -16,21 +18,28 @@ from tqdm.auto import tqdm
 
 from protoclip_lab import encoders
 from protoclip_lab.config import Settings, nearest_name
-from protoclip_lab.data import downstream
-from protoclip_lab.data.downstream import Labelled, PairImages
+from protoclip_lab.data import downstream, shapes
+from protoclip_lab.data.downstream import ImageFiles, Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, prepare
 from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
+from protoclip_lab.runs import Run, pairs_of
 
-# What each measure needs of a set.
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLASSES = "classes (images, or a table with label)"
+TRAIN = "train_images or train_where"
+CAPTIONS = "a table of captions"
+# Each measure and what it needs of a set.
 MEASURES = {
-    "zero_shot": "classes (images, or a table with label)",
-    "linear_probe": "classes (images, or a table with label) and train_images or train_where",
-    "knn": "classes (images, or a table with label) and train_images or train_where",
-    "grouping": "classes (images, or a table with label)",
-    "retrieval": "a table",
-    "gap": "a table",
+    "zero_shot": (CLASSES,),
+    "linear_probe": (CLASSES, TRAIN),
+    "knn": (CLASSES, TRAIN),
+    "grouping": (CLASSES,),
+    "retrieval": (CAPTIONS,),
+    "gap": (CAPTIONS,),
 }
-TABLE_ONLY = {"image_root", "image_column", "caption_column", "where", "train_where", "label"}
+TABLE_ONLY = ("image_root", "where", "train_where", "label")
 
 
 class EvaluationSet(Settings):
@@ -59,32 +68,27 @@ class EvaluationSet(Settings):
     @classmethod
     def _known_classes(cls, classes: list[str] | str) -> list[str] | str:
         # A file is read with the images: one that is missing is reported with them.
-        return classes if not classes or Path(classes).suffix else downstream.class_names(classes)
+        is_file = isinstance(classes, str) and Path(classes).suffix
+        return classes if is_file or not classes else downstream.class_names(classes)
 
     @model_validator(mode="after")
-    def _measures_apply(self) -> "EvaluationSet":
+    def _measures_apply(self) -> EvaluationSet:
         if bool(self.images) == bool(self.table):
             raise ValueError(f"evaluation set {self.name!r} needs images or a table, one of the two")
-        stray = self.model_fields_set & (TABLE_ONLY if self.images else {"train_images"})
+        stray = [name for name in (TABLE_ONLY if self.images else ("train_images",)) if getattr(self, name)]
         if stray:
             other = "a table" if self.images else "images"
-            raise ValueError(f"{sorted(stray)} of evaluation set {self.name!r} are for a set with {other}")
-        labelled = bool(self.images or self.label)
-        split = bool(self.train_images if self.images else self.train_where)
-        flags = {
-            "zero_shot": labelled,
-            "grouping": labelled,
-            "linear_probe": labelled and split,
-            "knn": labelled and split,
-        }
-        applies = [m for m in MEASURES if flags.get(m, bool(self.table))]
+            raise ValueError(f"{stray} of evaluation set {self.name!r} are for a set with {other}")
+        has = {CLASSES: self.images or self.label, TRAIN: self.train_images or self.train_where, CAPTIONS: self.table}
+        lacks = {measure: [need for need in needs if not has[need]] for measure, needs in MEASURES.items()}
         for measure in self.measures:
             if measure not in MEASURES:
                 near = nearest_name(measure, MEASURES)
                 raise ValueError(f"unknown measure {measure!r} of {self.name!r}; the nearest valid name is {near!r}")
-            if measure not in applies:
-                raise ValueError(f"measure {measure!r} of evaluation set {self.name!r} needs {MEASURES[measure]}")
-        self.measures = self.measures or applies
+            if lacks[measure]:
+                needs = " and ".join(lacks[measure])
+                raise ValueError(f"measure {measure!r} of evaluation set {self.name!r} needs {needs}")
+        self.measures = self.measures or [measure for measure in MEASURES if not lacks[measure]]
         return self
 
 
@@ -138,23 +142,15 @@ def evaluate(
                 logging.getLogger(__name__).warning("evaluation set %s is left out: %s", given.name, reason)
                 results.missing.append({"dataset": given.name, "reason": reason})
             else:
-                opened.append((given, _open(given, Path(folder or temporary), progress)))
-        todo = [(given, data, measure) for given, data in opened for measure in given.measures]
-        for given, data, measure in (bar := tqdm(todo, disable=not progress, mininterval=2, unit="measure")):
+                opened.append((given, *_open(given, Path(folder or temporary), progress)))
+        todo = [(measure, *of_set) for of_set in opened for measure in of_set[0].measures]
+        bar = tqdm(todo, disable=not progress, mininterval=2, unit="measure")
+        for measure, given, images, test, train in bar:
             bar.set_description(f"{given.name}: {measure}")
-            for key, value in _measure(measure, given, data, encoder, seed).items():
+            for key, value in _measure(measure, images, test, train, given.templates, encoder, seed).items():
                 name = key if key == measure else f"{measure}_{key}"
                 results.append({"dataset": given.name, "measure": name, "value": value})
     return results
-
-
-@dataclass
-class _Data:
-    images: Sequence
-    fingerprint: str
-    pairs: Pairs | None = None
-    labelled: Labelled | None = None
-    train: Labelled | None = None
 
 
 @dataclass
@@ -163,24 +159,23 @@ class _Encoder:
     batch_size: int
     workers: int
     progress: bool
+    known: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._known: dict[tuple[str, str], Tensor] = {}
-
-    def images(self, images: Sequence, fingerprint: str) -> Tensor:
-        options = {"batch_size": self.batch_size, "workers": self.workers, "progress": self.progress}
-        return self._once(("image", fingerprint), lambda: encoders.encode_images(self.model, images, **options))
+    def images(self, images: ImageFiles | PairImages) -> Tensor:
+        key = ("images", images.fingerprint)
+        if key not in self.known:
+            options = {"batch_size": self.batch_size, "workers": self.workers, "progress": self.progress}
+            self.known[key] = encoders.encode_images(self.model, images, **options)
+        return self.known[key]
 
     def captions(self, pairs: Pairs) -> Tensor:
-        return self._once(("text", pairs.fingerprint), lambda: self.texts(pairs.captions))
+        key = ("captions", pairs.fingerprint)
+        if key not in self.known:
+            self.known[key] = self.texts(pairs.captions)
+        return self.known[key]
 
     def texts(self, texts: list[str]) -> Tensor:
         return encoders.encode_texts(self.model, texts, batch_size=self.batch_size, progress=self.progress)
-
-    def _once(self, key: tuple[str, str], encode: Callable[[], Tensor]) -> Tensor:
-        if key not in self._known:
-            self._known[key] = encode()
-        return self._known[key]
 
 
 def _missing_paths(given: EvaluationSet) -> list[Path]:
@@ -189,22 +184,25 @@ def _missing_paths(given: EvaluationSet) -> list[Path]:
     return [Path(path).absolute() for path in paths if path and not Path(path).exists()]
 
 
-def _open(given: EvaluationSet, folder: Path, progress: bool) -> _Data:
-    classes = given.classes or None
+def _open(
+    given: EvaluationSet, folder: Path, progress: bool
+) -> tuple[ImageFiles | PairImages, Labelled | None, Labelled | None]:
+    """The images, the same with classes, and those to fit probes on."""
+    test = train = None
     if given.images:
-        test = downstream.from_classes(given.images, classes)
+        test = downstream.from_classes(given.images, given.classes or None)
+        images = test.images
         train = downstream.from_classes(given.train_images) if given.train_images else None
-        data = _Data(test.images, test.fingerprint, labelled=test, train=train)
     else:
         pairs = _prepare(given, given.where, folder, progress)
-        data = _Data(PairImages(pairs), pairs.fingerprint, pairs)
+        images = PairImages(pairs)
         if given.label:
-            data.labelled = downstream.from_pairs(pairs, given.label, classes)
+            test = downstream.from_pairs(pairs, given.label, given.classes or None)
         if given.label and given.train_where:
-            data.train = downstream.from_pairs(_prepare(given, given.train_where, folder, progress), given.label)
-    if data.train and data.train.fingerprint == data.fingerprint:
-        raise ValueError(f"evaluation set {given.name!r} would fit its probes on the images it tests them on")
-    return data
+            train = downstream.from_pairs(_prepare(given, given.train_where, folder, progress), given.label)
+    if train and not train.images.paths.isdisjoint(images.paths):
+        raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
+    return images, test, train
 
 
 def _prepare(given: EvaluationSet, where: dict[str, Any], folder: Path, progress: bool) -> Pairs:
@@ -215,19 +213,88 @@ def _prepare(given: EvaluationSet, where: dict[str, Any], folder: Path, progress
     return prepare(given.table, folder / key, progress=progress, **arguments)
 
 
-def _measure(measure: str, given: EvaluationSet, data: _Data, encoder: _Encoder, seed: int) -> dict[str, float]:
-    image = encoder.images(data.images, data.fingerprint)
+def _measure(
+    measure: str,
+    images: ImageFiles | PairImages,
+    test: Labelled | None,
+    train: Labelled | None,
+    templates: list[str],
+    encoder: _Encoder,
+    seed: int,
+) -> dict[str, float]:
+    image = encoder.images(images)
     if measure == "zero_shot":
-        weights = prompts.classifier(encoder.texts, data.labelled.class_names, given.templates)
-        return prompts.zero_shot(image, weights, data.labelled.labels)
+        return prompts.zero_shot(image, prompts.classifier(encoder.texts, test.class_names, templates), test.labels)
     if measure == "grouping":
-        return clusters.grouping(image, data.labelled.labels, seed=seed)
-    if measure in ("linear_probe", "knn"):
-        train = encoder.images(data.train.images, data.train.fingerprint)
-        train_y, test_y = (np.array(part.classes)[part.labels] for part in (data.train, data.labelled))
-        if measure == "knn":
-            return probes.knn(train, train_y, image, test_y)
-        return probes.linear_probe(train, train_y, image, test_y, seed=seed)
+        return clusters.grouping(image, test.labels, seed=seed)
     if measure == "retrieval":
-        return ranking.retrieval(image, encoder.captions(data.pairs), data.images.image_of_caption)
-    return gap.modality_gap(image, encoder.captions(data.pairs), image_of_caption=data.images.image_of_caption)
+        return ranking.retrieval(image, encoder.captions(images.pairs), images.image_of_caption)
+    if measure == "gap":
+        return gap.modality_gap(image, encoder.captions(images.pairs), image_of_caption=images.image_of_caption)
+    # By name: train may lack a class, and then numbers them differently.
+    train_y, test_y = (np.array(part.classes)[part.labels] for part in (train, test))
+    if measure == "knn":
+        return probes.knn(encoder.images(train.images), train_y, image, test_y)
+    return probes.linear_probe(encoder.images(train.images), train_y, image, test_y, seed=seed)
+
+
+def default_sets(run: Run) -> list[dict[str, Any]]:
+    """What to evaluate a run on when nothing is named: the held-out part of the shapes world it was trained on.
+
+    Raises:
+        ValueError: it was trained on something else.
+    """
+    table = Path(pairs_of(run).source)
+    if not table.with_name("shapes.json").exists():
+        raise ValueError(
+            f"{run.path} was not trained on the shapes world: name evaluation sets in the parameter `sets`"
+        )
+    world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
+    train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
+    factors = [
+        {"name": factor, "label": factor, "templates": list(shapes.PROMPTS[factor]), **world, **train}
+        for factor in shapes.FACTORS
+    ]
+    return [*factors, {"name": "shapes", "measures": ["retrieval", "gap"], **world}]
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    output: str | Path = "",
+    checkpoint: str | Path = "",
+    sets: Sequence[dict[str, Any]] = (),
+    batch_size: int = 256,
+    workers: int = 0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Evaluate one checkpoint of a run and keep the rows in the run's ``evaluation.jsonl``.
+
+    Args:
+        output: folder for ``evaluation.csv``; empty writes none.
+        checkpoint: empty takes the latest.
+        sets: settings of :class:`EvaluationSet`; none takes :func:`default_sets`.
+
+    Returns:
+        A row for each data set and measure: episode, dataset, measure, value.
+    """
+    import pandas as pd
+
+    run = Run(run)
+    checkpoint = run.checkpoint(checkpoint)
+    episode = json.loads((checkpoint / "trainer.json").read_text())["episode"]
+    found = evaluate(
+        encoders.load(checkpoint),
+        sets or default_sets(run),
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        folder=Path(output) / "sets" if output else None,
+    )
+    rows = [{"episode": episode, **row} for row in found]
+    run.record_evaluations(rows)
+    table = pd.DataFrame(rows, columns=["episode", "dataset", "measure", "value"])
+    if output:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        table.to_csv(Path(output) / "evaluation.csv", index=False)
+    return table

@@ -45,7 +45,7 @@ def test_rows_come_back_as_they_stand_in_the_file(folder):
     found = read(write(folder, "filepath\ttitle\n" + "\n".join(rows) + "\n"))
     assert [f"{p}\t{t}" for p, t in zip(found.column("filepath"), found.captions, strict=True)] == rows
     assert found.image_ids.tolist() == [0, 1, 2, 0, 3]
-    assert found.column("row") == [2, 3, 4, 5, 6]
+    assert found.column("_row") == [2, 3, 4, 5, 6]
     image, caption = found[2]
     assert caption == "ein Mädchen 👧 يبتسم" and image.size == (20, 16)
     assert image.getpixel((3, 3))[2] > 200
@@ -94,7 +94,7 @@ def test_bad_rows_are_counted_listed_and_skipped(folder):
     ]
     found = read(write(folder, "filepath\ttitle\n" + "\n".join(rows) + "\n"), max_bad_share=0.9)
     assert found.captions == ["good", "also good"]
-    assert found.column("row") == [2, 10]
+    assert found.column("_row") == [2, 10]
     listed = [json.loads(line) for line in (found.folder / "bad_rows.jsonl").read_text().splitlines()]
     assert found.bad_rows == len(listed) == 7
     reasons = {row["row"]: row["reason"] for row in listed}
@@ -200,9 +200,11 @@ def test_neither_table_nor_prepared_folder(tmp_path):
         prepare(tmp_path / "nothing.tsv", tmp_path / "out")
 
 
-def test_other_columns_stay(folder):
-    found = read(write(folder, "filepath\ttitle\tcolour\n0.jpg\ta\tred\n1.jpg\tb\tgreen\n"))
-    assert found.column("colour") == ["red", "green"]
+def test_other_columns_stay_whatever_they_are_called(folder):
+    rows = "0.jpg\ta\tred\tlarge\t7\n1.jpg\tb\tgreen\tsmall\t9\n"
+    found = read(write(folder, "filepath\ttitle\tcolour\tsize\timage\n" + rows))
+    assert found.column("colour") == ["red", "green"] and found.column("size") == ["large", "small"]
+    assert found.column("image") == ["7", "9"] and found.image_ids.tolist() == [0, 1]
     with pytest.raises(KeyError, match="'color'.*'colour'"):
         found.column("color")
 

@@ -1,0 +1,175 @@
+"""A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from protoclip_lab import clustering, encoders, plots, prototypes
+from protoclip_lab.data.pairs import Pairs
+from protoclip_lab.encoders import Outputs
+from protoclip_lab.evaluation import agreement, modality_gap
+from protoclip_lab.randomness import numpy_generator
+from protoclip_lab.runs import Run, pairs_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# Without prototypes of its own, a model's features are clustered with this many members in the mean.
+MEMBERS = 25
+
+
+@dataclass
+class Snapshot:
+    """Features of the same pairs at one checkpoint.
+
+    Attributes:
+        run, checkpoint: what is looked at.
+        pairs, rows: the table and the sampled row numbers, (n,).
+        features: z and h of both modalities, (n, d) each.
+        seed: of the sample and of whatever is drawn from it.
+        method: how maps are made, see :func:`protoclip_lab.plots.embed`.
+        labels: columns of the table with true labels.
+    """
+
+    run: Run
+    checkpoint: Path
+    pairs: Pairs
+    rows: np.ndarray
+    features: Outputs
+    seed: int
+    method: str
+    labels: Sequence[str]
+
+    @cached_property
+    def gap(self) -> dict[str, float]:
+        """:func:`protoclip_lab.evaluation.modality_gap` of the sample."""
+        return modality_gap(self.features.image, self.features.text)
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether the checkpoint has prototypes of its own; else k-means on the sample stands in."""
+        return bool(prototypes.load(self.checkpoint))
+
+    def prototypes(self, modality: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
+        """Each sample's prototype in one modality, the prototypes and the features they live among.
+
+        The modality's own clusters where it is a teacher; else those of the first teacher that teaches it; without
+        any, k-means on the sample.
+
+        Returns:
+            labels (n,), centroids (K, d), features (n, d).
+        """
+        projected = getattr(self.features, f"{modality}_projection")
+        records = prototypes.load(self.checkpoint)
+        own = [record.teacher_centroids for record in records if record.teacher == modality]
+        taught = [record.centroids for record in records if record.student == modality]
+        for centroids in own + taught:
+            return clustering.nearest(projected, centroids).numpy(), centroids, projected
+        found = clustering.kmeans(projected, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
+        return found.labels.numpy(), found.centroids, projected
+
+    def label(self, column: str) -> np.ndarray:
+        """A column of the table for the sampled rows, (n,)."""
+        return np.array(self.pairs.column(column))[self.rows]
+
+    def joint_map(self) -> Figure:
+        """Joint map of image and text features, the gap in its title."""
+        both = torch.cat([self.features.image, self.features.text]).numpy()
+        xy, _ = plots.embed(both, method=self.method, seed=self.seed, limit=len(both))
+        is_text = np.arange(len(both)) >= len(self.rows)
+        return plots.joint_map(xy, is_text, gap=self.gap["gap"], method=self.method, seed=self.seed)
+
+    def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
+        """One map of a modality's features, coloured by prototype and by each label column."""
+        assigned, centroids, features = self.prototypes(modality)
+        xy, _ = plots.embed(features.numpy(), method=self.method, seed=self.seed, limit=len(features))
+        options = {"method": self.method, "seed": self.seed}
+        kind = "prototype" if self.has_prototypes else "k-means cluster"
+        names = [f"{kind} {i}" for i in range(len(centroids))]
+        maps = {"prototypes": plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)}
+        for label in self.labels:
+            maps[label] = plots.cluster_map(xy, self.label(label), title=f"{modality}s by {label}", **options)
+        return maps
+
+    def sheet(self, prototypes: int = 6, nearest: int = 6, modality: str = "image") -> Figure:
+        """The samples nearest to some prototypes, drawn at random among those with enough members."""
+        assigned, centroids, features = self.prototypes(modality)
+        sizes = np.bincount(assigned, minlength=len(centroids))
+        large = np.flatnonzero(sizes >= min(nearest, sizes.max()))
+        chosen = numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]
+        images, captions = [], []
+        for prototype in chosen:
+            members = np.flatnonzero(assigned == prototype)
+            distance = (features[members] - centroids[prototype]).norm(dim=1).numpy()
+            shown = self.rows[members[np.argsort(distance, kind="stable")[:nearest]]]
+            images.append([self.pairs.image(row) for row in shown])
+            captions.append([self.pairs.caption(row) for row in shown])
+        names = [f"prototype {p}\n{sizes[p]} of {len(assigned):,}" for p in chosen]
+        return plots.prototype_sheet(images, captions, names)
+
+
+def open_snapshot(
+    run: str | Path,
+    *,
+    checkpoint: str | Path = "",
+    samples: int = 1000,
+    seed: int = 0,
+    method: str = "umap",
+    labels: Sequence[str] = (),
+    output: str | Path = "",
+) -> Snapshot:
+    """Encode a sample of a run's training pairs with one of its checkpoints.
+
+    Args:
+        checkpoint: a checkpoint folder; empty takes the run's latest.
+        samples: number of pairs, drawn at random from ``seed``; all where the table has fewer.
+        method, labels: kept for the pictures.
+        output: not used here: where 04 keeps its pictures.
+
+    Raises:
+        FileNotFoundError: no such run, or it has no checkpoint yet.
+    """
+    run = Run(run)
+    checkpoint = run.checkpoint(checkpoint)
+    pairs = pairs_of(run)
+    rows = np.sort(numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
+    return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels)
+
+
+def history(snapshot: Snapshot) -> DataFrame:
+    """Gap and grouping of the same sample at every checkpoint of its run.
+
+    Returns:
+        A row for each checkpoint: episode, gap, agreement (AMI) of image prototypes with text prototypes and with each
+        label column.
+    """
+    import pandas as pd
+
+    rows = []
+    for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
+        then = snapshot
+        if checkpoint != snapshot.checkpoint:
+            features = _encode(checkpoint, snapshot.pairs, snapshot.rows)
+            then = replace(snapshot, checkpoint=checkpoint, features=features)
+        groups = then.prototypes("image")[0]
+        row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
+        row["AMI of image and text groups"] = agreement(groups, then.prototypes("text")[0])["AMI"]
+        row |= {
+            f"AMI of image groups and {label}": agreement(groups, then.label(label))["AMI"] for label in snapshot.labels
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> Outputs:
+    return encoders.encode_pairs(encoders.load(checkpoint), pairs, rows)

@@ -163,7 +163,7 @@ def read_table(path: str | Path) -> tuple[pa.Table, np.ndarray, list[dict]]:
     def skip(row: csv.InvalidRow) -> str:
         bad.append(
             {
-                "_row": row.number,
+                "row": row.number,
                 "filepath": "",
                 "reason": f"{row.actual_columns} fields, {row.expected_columns} expected",
             }
@@ -219,6 +219,11 @@ def prepare(
     """
     table, out = Path(table), Path(out)
     if (table / "pairs.json").exists():
+        about = json.loads((table / "pairs.json").read_text())
+        asked = {"where": dict(where or {}), "dataset_size": dataset_size}
+        other = {name: about[name] for name, value in asked.items() if value and value != about[name]}
+        if other:
+            raise ValueError(f"{table} is prepared already, with {other}, not {asked}: name the table it was made from")
         return Pairs(table)
     if not table.is_file():
         raise FileNotFoundError(f"{table.absolute()} is neither a table nor a folder that 01_prepare_data has finished")
@@ -295,6 +300,7 @@ def prepare(
         "images": len(numbers),
         "bad_rows": len(bad),
         "where": dict(where or {}),
+        "dataset_size": dataset_size,
         "files": [str(root.absolute())],
     }
     (staging / "pairs.json").write_text(json.dumps(about, indent=2, default=str))

@@ -178,6 +178,16 @@ def test_prepared_pairs_are_reused_until_the_table_or_arguments_change(folder, m
     assert len(read(table)) == 3
 
 
+def test_a_prepared_folder_is_not_mistaken_for_other_rows(folder):
+    table = write(folder, "filepath\ttitle\tsplit\n0.jpg\ta\ttrain\n1.jpg\tb\ttest\n")
+    found = read(table, where={"split": "train"})
+    assert prepare(found.folder, "unused", where={"split": "train"}).captions == ["a"]
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare(found.folder, "unused", where={"split": "test"})
+    with pytest.raises(ValueError, match="prepared already"):
+        prepare(found.folder, "unused", dataset_size=1)
+
+
 def test_fingerprint_tells_tables_apart():
     assert pairs_module.fingerprint(["ab"], ["c"]) != pairs_module.fingerprint(["a"], ["bc"])
     assert pairs_module.fingerprint(["a", "b"], ["x", "y"]) != pairs_module.fingerprint(["b", "a"], ["y", "x"])

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,13 +40,13 @@ class Settings(BaseModel):
         if isinstance(value, str) and choices and value not in choices:
             near = nearest_name(value, choices)
             raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            for bound in field.metadata:
-                low, high = getattr(bound, "ge", None), getattr(bound, "le", None)
-                if low is not None and not value >= low:
-                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {low}")
-                if high is not None and not value <= high:
-                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {high}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return
+        for bound in field.metadata:
+            low, high = getattr(bound, "ge", -math.inf), getattr(bound, "le", math.inf)
+            if not low <= value <= high:
+                near = high if value > high else low
+                raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {near}")
 
 
 class TeacherConfig(Settings):
@@ -157,23 +158,19 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
         step = self.batch_size * self.accumulation
-        if self.episode_size is not None and self.episode_size < step:
+        size = math.inf if self.episode_size is None else self.episode_size
+        if size < step:
             raise ValueError(
-                f"episode_size = {self.episode_size} is smaller than a step of {step} pairs "
+                f"episode_size = {size} is smaller than a step of {step} pairs "
                 f"(batch_size {self.batch_size} x accumulation {self.accumulation}): nothing would be learnt"
             )
         if self.objective == "protoclip":
             if self.teachers and not self.back_translation:
                 raise ValueError("external teachers need back_translation: their centroids lie in another space")
-            if self.episode_size is not None:
-                for k in [k for teacher in self.teacher_ks().values() for k in teacher]:
-                    if k > self.episode_size:
-                        raise ValueError(
-                            f"k = {k} is more than episode_size = {self.episode_size}; the nearest valid value is "
-                            f"{self.episode_size}"
-                        )
-        if self.lit_start_episode is not None and self.lit_start_episode <= self.infonce_warmup_episodes:
-            if self.objective == "protoclip":
+            most = max([1, *(k for ks in self.teacher_ks().values() for k in ks)])
+            if most > size:
+                raise ValueError(f"k = {most} is more than episode_size = {size}; the nearest valid value is {size}")
+            if self.lit_start_episode is not None and self.lit_start_episode <= self.infonce_warmup_episodes:
                 raise ValueError(
                     f"lit_start_episode = {self.lit_start_episode} leaves no episode for prototypes after "
                     f"infonce_warmup_episodes = {self.infonce_warmup_episodes}"
@@ -200,15 +197,10 @@ class TrainConfig(Settings):
 
 
 def notebook_settings(namespace: dict[str, Any]) -> dict[str, Any]:
-    """A notebook's own variables: what its parameters cell and papermill have set, without imports and IPython's names."""
-    return {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_")
-        and name not in ("In", "Out")
-        and not callable(value)
-        and not inspect.ismodule(value)
-    }
+    """A notebook's own variables: what its parameters cell and papermill have set, no imports, none of IPython's."""
+    names = [name for name in namespace if not name.startswith("_") and name not in ("In", "Out")]
+    own = {name: namespace[name] for name in names}
+    return {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
 
 
 def call(function: Callable, namespace: dict[str, Any]) -> Any:

@@ -119,10 +119,10 @@ def create(config: TrainConfig) -> TwoTowers:
         cfg["init_logit_bias"] = -10.0
     with torch.random.fork_rng():
         torch.manual_seed(derive(config.seed, "weights"))
-        whole = config.pretrained if config.pretrained_towers == "both" else None
-        clip = _create_clip(config.model, cfg, whole)
+        clip = _create_clip(config.model, cfg, config.pretrained if config.pretrained_towers == "both" else None)
         if config.pretrained and config.pretrained_towers == "image":
-            donor = _create_clip(config.model, open_clip.get_model_config(config.model), config.pretrained)
+            whole = open_clip.get_model_config(config.model) | {"vision_cfg": cfg["vision_cfg"]}
+            donor = _create_clip(config.model, whole, config.pretrained)
             clip.visual.load_state_dict(donor.visual.state_dict())
         heads = None
         if config.objective == "protoclip":
@@ -298,8 +298,8 @@ def _lock_image(clip: nn.Module, config: TrainConfig) -> None:
         )
     except AssertionError as error:
         raise ValueError(
-            f"lock_image_unlocked_groups = {config.lock_image_unlocked_groups}: open_clip cannot lock a part of the image "
-            f"tower of {config.model!r}, only the whole; the nearest valid value is 0, or take a ViT"
+            f"lock_image_unlocked_groups = {config.lock_image_unlocked_groups}: open_clip can lock the image tower of "
+            f"{config.model!r} only as a whole; the nearest valid value is 0, or take a ViT"
         ) from error
 
 

@@ -107,7 +107,7 @@ def construct(
         internal = teacher.name in STUDENTS
         if not internal and not back_translation:
             raise ValueError(
-                f"teacher {teacher.name!r} is external: its centroids lie in another space, so it needs back_translation"
+                f"teacher {teacher.name!r} is external: its centroids lie in another space, it needs back_translation"
             )
         students = [s for s in STUDENTS if s != teacher.name]
         for k in teacher.ks:

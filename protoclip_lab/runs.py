@@ -48,7 +48,7 @@ class Run:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
             raise FileNotFoundError(
-                f"{self.path.absolute()} is not a run: it has no config.json. Train one with 03_train, or name its folder."
+                f"{self.path.absolute()} is not a run: it has no config.json. Train one with 03_train, or name another."
             )
 
     @classmethod

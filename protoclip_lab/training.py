@@ -1,5 +1,6 @@
 """The episode loop: extract, construct prototypes, learn."""
 
+import functools
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.encoders import Outputs, TwoTowers
 from protoclip_lab.prototypes import Prototypes, Teacher
 from protoclip_lab.randomness import derive
-from protoclip_lab.runs import Run, pairs_of, write_json
+from protoclip_lab.runs import Run, keep, pairs_of, write_json
 
 # Pairs in the picture that `draw_every` makes.
 DRAWN = 1000
@@ -127,11 +129,8 @@ class _Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         preprocess = model.clip.visual.preprocess_cfg
-        size = preprocess["size"][0] if isinstance(preprocess["size"], list | tuple) else preprocess["size"]
-        transforms = {
-            "train": augmentation(config.augmentation, size, preprocess["mean"], preprocess["std"]),
-            "eval": model.eval_transform,
-        }
+        crop = augmentation(config.augmentation, preprocess["size"], preprocess["mean"], preprocess["std"])
+        transforms = {"train": crop, "eval": model.eval_transform}
         batches = Batches(self.pairs, transforms, model.tokenizer, config.seed)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         self.sets = None
@@ -147,27 +146,22 @@ class _Trainer:
     # --- the loop
 
     def fit(self) -> None:
-        config = self.config
-        loggers = _Loggers(config, self.run, purge_step=(self.first - 1) * self.steps)
+        done, total = (self.first - 1) * self.steps, self.config.episodes * self.steps
+        self.loggers = _Loggers(self.config, self.run, purge_step=done)
+        self.bar = tqdm(total=total, initial=done, desc=self.run.path.name, unit="step", mininterval=1)
         try:
-            with tqdm(
-                total=config.episodes * self.steps,
-                initial=(self.first - 1) * self.steps,
-                desc=self.run.path.name,
-                unit="step",
-                mininterval=1,
-            ) as bar:
-                for episode in range(self.first, config.episodes + 1):
-                    self._episode(episode, bar, loggers)
+            for episode in range(self.first, self.config.episodes + 1):
+                self._episode(episode)
         finally:
-            loggers.close()
-        self.run.finish(episodes=config.episodes, steps=config.episodes * self.steps)
+            self.bar.close()
+            self.loggers.close()
+        self.run.finish(episodes=self.config.episodes, steps=total)
 
-    def _episode(self, episode: int, bar: tqdm, loggers: "_Loggers") -> None:
+    def _episode(self, episode: int) -> None:
         config = self.config
         ids = self.episodes.ids(episode)
         row: dict[str, Any] = {"kind": "episode", "episode": episode, "step": episode * self.steps}
-        timer = _Timer(self.device)
+        self.timer = timer = _Timer(self.device)
         lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
         if lit:
             self.bare.clip.visual.requires_grad_(False)
@@ -176,14 +170,14 @@ class _Trainer:
             if self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every:
                 self.records = prototypes.carry(self.records)
             else:
-                bar.set_postfix_str(f"episode {episode}: extracting")
+                self.bar.set_postfix_str(f"episode {episode}: extracting")
                 with timer("extract"):
                     features = self._extract(episode, ids)
-                bar.set_postfix_str(f"episode {episode}: clustering")
+                self.bar.set_postfix_str(f"episode {episode}: clustering")
                 with timer("cluster"):
                     row |= self._construct(episode, features)
         with timer("learn"):
-            row |= self._learn(episode, ids, self.records if teaching else [], bar, loggers, timer)
+            row |= self._learn(episode, ids, self.records if teaching else [])
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with timer("evaluate"):
                 self._evaluate(episode)
@@ -192,11 +186,10 @@ class _Trainer:
         seconds = timer.seconds
         row |= {f"time/{stage}": spent for stage, spent in seconds.items()}
         row["time/images_per_second"] = self.steps * config.batch_size * config.accumulation / seconds["learn"]
-        row["time/share_waiting"] = seconds["wait"] / seconds["learn"]
-        self.run.append("metrics.jsonl", row)
-        loggers.log(row)
+        row["time/share_waiting"] = seconds["wait"] / (seconds["learn"] + seconds.get("extract", 0))
+        self._record(row)
         if episode % config.save_every == 0 or episode == config.episodes:
-            self._save(episode, ids)
+            self.run.save(episode, functools.partial(self._write, episode))
 
     @torch.no_grad()
     def _extract(self, episode: int, ids: np.ndarray) -> dict[str, Tensor]:
@@ -209,10 +202,8 @@ class _Trainer:
             outputs = self.model(images, tokens)
             image.append(outputs.image_projection)
             text.append(outputs.text_projection)
-        return {"image": torch.cat(image), "text": torch.cat(text)} | {
-            name: torch.from_numpy(np.asarray(features[ids], dtype=np.float32)).to(self.device)
-            for name, features in self.external.items()
-        }
+        own = {"image": torch.cat(image), "text": torch.cat(text)}
+        return own | {name: self._stored(name, ids) for name in self.external}
 
     def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
         config = self.config
@@ -240,21 +231,12 @@ class _Trainer:
                 from sklearn.metrics import normalized_mutual_info_score
 
                 # The last clustering is asked about this episode's samples, so that both speak of the same.
-                then = clustering.nearest(features[teacher], old.teacher_centroids).cpu().numpy()
-                row[f"clusters/{name}/nmi_to_previous"] = float(
-                    normalized_mutual_info_score(found.labels.cpu().numpy(), then)
-                )
+                then = clustering.nearest(features[teacher], old.teacher_centroids)
+                nmi = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
+                row[f"clusters/{name}/nmi_to_previous"] = float(nmi)
         return row
 
-    def _learn(
-        self,
-        episode: int,
-        ids: np.ndarray,
-        records: list[Prototypes],
-        bar: tqdm,
-        loggers: "_Loggers",
-        timer: "_Timer",
-    ) -> dict[str, Any]:
+    def _learn(self, episode: int, ids: np.ndarray, records: list[Prototypes]) -> dict[str, Any]:
         config = self.config
         width = config.batch_size * config.accumulation
         stretches = [ids[i * width : (i + 1) * width] for i in range(self.steps)]
@@ -265,59 +247,48 @@ class _Trainer:
         spread = _Spread()
         losses: dict[str, float] = defaultdict(float)
         reading = self.reader.read(stretches, transform="train", purpose="learn", episode=episode)
-        for index, (images, tokens) in enumerate(self._on_device(reading, timer)):
+        for index, (images, tokens) in enumerate(self._on_device(reading)):
             step = (episode - 1) * self.steps + index
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
             torch.manual_seed(derive(config.seed, "step", step))
             positions = torch.arange(index * width, (index + 1) * width, device=self.device)
-            outputs, parts, norm = self._step(images, tokens, records, positions, stretches[index], episode, step)
+            batch = _Batch(images, tokens, stretches[index], positions, step)
+            outputs, parts, norm = self._step(batch, records)
             spread.add(outputs)
             parts = {name: float(value) for name, value in parts.items()}
             for name, value in parts.items():
                 losses[name] += value / self.steps
-            bar.update()
-            bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
+            self.bar.update()
+            self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
             if step % config.log_every == 0:
                 row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates}
                 row |= {"grad_norm": float(norm), "scale": float(self.bare.clip.logit_scale.detach().exp())}
                 if self.bare.logit_scale_proto is not None:
                     row["scale_proto"] = float(self.bare.logit_scale_proto.detach().exp())
-                self.run.append("metrics.jsonl", row)
-                loggers.log(row)
+                self._record(row)
         return losses | spread.measures()
 
-    def _step(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        records: list[Prototypes],
-        positions: Tensor,
-        rows: np.ndarray,
-        episode: int,
-        step: int,
-    ) -> tuple[Outputs, dict[str, Tensor], Tensor]:
+    def _step(self, batch: "_Batch", records: list[Prototypes]) -> tuple[Outputs, dict[str, Tensor], Tensor]:
         config = self.config
         self.optimizer.zero_grad()
         if config.accumulation == 1:
-            outputs = self.model(images, tokens)
-            loss, parts = self._losses(outputs, records, positions, rows)
-            self._check(loss, episode, step)
+            outputs = self.model(batch.images, batch.tokens)
+            loss, parts = self._losses(outputs, batch, records)
+            self._check(loss, batch.step)
             self.accelerator.backward(loss)
         else:
-            outputs, parts = self._accumulate(images, tokens, records, positions, rows, episode, step)
+            outputs, parts = self._accumulate(batch, records)
         parameters = [p for p in self.bare.parameters() if p.grad is not None]
         norm = self.accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         if self.accelerator.scaler is None:
             # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
-            self._check(norm, episode, step, "gradient norm")
+            self._check(norm, batch.step, "gradient norm")
         self.optimizer.step()
         self.bare.clamp_scales()
         return outputs, parts, norm
 
-    def _losses(
-        self, outputs: Outputs, records: list[Prototypes], positions: Tensor, rows: np.ndarray
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, outputs: Outputs, batch: "_Batch", records: list[Prototypes]) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, and its parts with prototype accuracies for the metrics."""
         config, clip = self.config, self.bare.clip
         bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
@@ -326,45 +297,35 @@ class _Trainer:
         parts = {"loss/clip": align.detach()}
         students = {"image": outputs.image_projection, "text": outputs.text_projection}
         for record in records:
-            teacher_features = None
-            if record.carried and record.teacher in students:
-                teacher_features = students[record.teacher].detach()
-            elif record.carried:
-                stored = np.asarray(self.external[record.teacher][rows], dtype=np.float32)
-                teacher_features = torch.from_numpy(stored).to(self.device)
-            labels = record.labels_of(positions, teacher_features)
+            known = None
+            if record.carried:
+                stored = record.teacher in self.external
+                known = self._stored(record.teacher, batch.rows) if stored else students[record.teacher].detach()
+            labels = record.labels_of(batch.positions, known)
             loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
             total = total + record.weight * loss
             parts[f"loss/{record.name}"] = loss.detach()
             parts[f"accuracy/{record.name}"] = record.accuracy(students[record.student].detach(), labels)
         return total, {"loss": total.detach(), **parts}
 
-    def _accumulate(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        records: list[Prototypes],
-        positions: Tensor,
-        rows: np.ndarray,
-        episode: int,
-        step: int,
-    ) -> tuple[Outputs, dict[str, Tensor]]:
+    def _accumulate(self, batch: "_Batch", records: list[Prototypes]) -> tuple[Outputs, dict[str, Tensor]]:
         """One step over several forward passes whose negatives span them all, as open_clip's ``accum_freq``.
 
         The loss is differentiated once with respect to cached features, and each pass is made again to carry its
         part of that gradient to the weights: exact where the forward pass is (no dropout; BatchNorm sees one
         pass at a time). Source: GradCache (arXiv 2101.06983).
         """
-        chunks = list(zip(images.chunk(self.config.accumulation), tokens.chunk(self.config.accumulation), strict=True))
+        passes = self.config.accumulation
+        chunks = list(zip(batch.images.chunk(passes), batch.tokens.chunk(passes), strict=True))
         with torch.no_grad(), _still_statistics(self.bare):
             cached = [self.model(*chunk) for chunk in chunks]
         leaves = Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
-        loss, parts = self._losses(leaves, records, positions, rows)
-        self._check(loss, episode, step)
+        loss, parts = self._losses(leaves, batch, records)
+        self._check(loss, batch.step)
         self.accelerator.backward(loss)
         # Without heads or records some features, or both names of one, take no part in the loss.
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        for chunk, *parts_of in zip(chunks, *(g.chunk(self.config.accumulation) for g in gradients), strict=True):
+        for chunk, *parts_of in zip(chunks, *(g.chunk(passes) for g in gradients), strict=True):
             outputs = self.model(*chunk)
             pairs = [(o, g) for o, g in zip(outputs, parts_of, strict=True) if o.requires_grad]
             torch.autograd.backward(*zip(*pairs, strict=True))
@@ -388,18 +349,22 @@ class _Trainer:
             raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
         return found, external
 
-    def _on_device(
-        self, reading: Iterator[tuple[Tensor, Tensor]], timer: "_Timer | None" = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _on_device(self, reading: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            begin = time.perf_counter()
-            batch = next(reading, None)
-            if timer is not None:
-                timer.add("wait", time.perf_counter() - begin)
+            with self.timer("wait"):
+                batch = next(reading, None)
             if batch is None:
                 return
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
             yield images.contiguous(memory_format=torch.channels_last), tokens
+
+    def _stored(self, teacher: str, rows: np.ndarray) -> Tensor:
+        """External teacher features of some rows of the table."""
+        return torch.from_numpy(np.asarray(self.external[teacher][rows], dtype=np.float32)).to(self.device)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.run.append("metrics.jsonl", row)
+        self.loggers.log(row)
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
@@ -416,18 +381,18 @@ class _Trainer:
             group["lr"] = image if group["tower"] == "image" else rest
         return {"lr/image": image, "lr/rest": rest}
 
-    def _check(self, value: Tensor, episode: int, step: int, what: str = "loss") -> None:
-        if not math.isfinite(float(value.detach())):
-            last = self.run.latest
+    def _check(self, value: Tensor, step: int, what: str = "loss") -> None:
+        found = float(value.detach())
+        if not math.isfinite(found):
             raise NonFiniteLoss(
-                f"{what} is {float(value)} at step {step + 1} of episode {episode}; last good checkpoint: {last or 'none yet'}. "
-                "A lower lr, a longer warm-up or precision fp32 usually helps."
+                f"{what} is {found} at step {step + 1} of episode {step // self.steps + 1}; last good checkpoint: "
+                f"{self.run.latest or 'none yet'}. A lower lr, a longer warm-up or precision fp32 usually helps."
             )
 
     def _evaluate(self, episode: int) -> None:
         from protoclip_lab.evaluation import suite
 
-        for row in suite.evaluate(self.bare, self.sets, workers=self.config.workers, seed=self.config.seed):
+        for row in suite.evaluate(self.bare, self.sets, seed=self.config.seed, folder=self.run.path / "sets"):
             self.run.append("evaluation.jsonl", {"episode": episode, **row})
 
     def _draw(self, episode: int) -> None:
@@ -439,28 +404,20 @@ class _Trainer:
         xy, _ = plots.embed(torch.cat([image, text]).numpy(), method="pca", seed=self.config.seed)
         is_text = np.arange(len(xy)) >= len(image)
         figure = plots.joint_map(xy, is_text, gap=modality_gap(image, text)["gap"], method="pca", seed=self.config.seed)
-        folder = self.run.path / "figures"
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"joint_episode_{episode:04d}.png")
+        keep(figure, self.run.path, f"joint_episode_{episode:04d}")
 
     # --- state
 
-    def _save(self, episode: int, ids: np.ndarray) -> None:
-        def write(folder: Path) -> None:
-            encoders.save(self.bare, folder)
-            state = {}
-            for parameter, values in self.optimizer.state.items():
-                for key, value in values.items():
-                    state[f"{self.names[parameter]}/{key}"] = value.detach().cpu().contiguous().clone()
-            save_file(state, str(folder / "optimizer.safetensors"))
-            prototypes.save(self.records, folder)
-            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-            write_json(
-                folder / "trainer.json",
-                {"episode": episode, "step": episode * self.steps, "scaler": scaler},
-            )
-
-        self.run.save(episode, write)
+    def _write(self, episode: int, folder: Path) -> None:
+        encoders.save(self.bare, folder)
+        prototypes.save(self.records, folder)
+        state = {}
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                state[f"{self.names[parameter]}/{key}"] = value.detach().cpu().contiguous().clone()
+        save_file(state, str(folder / "optimizer.safetensors"))
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        write_json(folder / "trainer.json", {"episode": episode, "step": episode * self.steps, "scaler": scaler})
 
     def _restore(self, checkpoint: Path) -> None:
         about = json.loads((checkpoint / "trainer.json").read_text())
@@ -483,16 +440,25 @@ class _Trainer:
 def _accelerator(config: TrainConfig) -> Accelerator:
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision), cpu=config.device == "cpu"
-    )
-    if config.device not in ("auto", accelerator.device.type):
-        raise ValueError(
-            f"device = {config.device!r} is not there; the nearest valid value is {accelerator.device.type!r}"
-        )
+    precision = "no" if config.precision == "fp32" else config.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    found = accelerator.device.type
+    if config.device not in ("auto", found):
+        raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {found!r}")
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
     return accelerator
+
+
+@dataclass
+class _Batch:
+    """What one step learns from."""
+
+    images: Tensor
+    tokens: Tensor
+    rows: np.ndarray  # of the table
+    positions: Tensor  # in the episode
+    step: int  # from 0
 
 
 @contextmanager
@@ -541,12 +507,9 @@ class _Timer:
     def __call__(self, stage: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and stage != "wait":
             torch.cuda.synchronize()
-        self.add(stage, time.perf_counter() - begin)
-
-    def add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] += seconds
+        self.seconds[stage] += time.perf_counter() - begin
 
 
 class _Loggers:

@@ -15,7 +15,7 @@ from protoclip_lab.randomness import derive, torch_generator
 Transform = Callable[[Image.Image], Tensor]
 
 
-def augmentation(name: str, size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+def augmentation(name: str, size: int | Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Transform:
     """The training transform, PIL RGB -> (3, size, size) float32: "plain" (as CLIP) or "light" (as ProtoCLIP).
 
     Source: ProtoCLIP (arXiv 2206.10996), section on augmentation.
@@ -37,7 +37,7 @@ def augmentation(name: str, size: int, mean: Sequence[float], std: Sequence[floa
 
 
 class Batches(Dataset):
-    """Batches on demand: ``batches[transform, purpose, episode, rows]`` -> images (B, 3, H, W) float32, tokens (B, L) int64.
+    """``batches[transform, purpose, episode, rows]`` -> images (B, 3, H, W) float32 and tokens (B, L) int64.
 
     Each image's crop is drawn from a generator made on the spot from (seed, purpose, episode, row), so neither
     the order of the rows nor the process that reads them can change it.

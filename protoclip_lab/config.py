@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import json
 import math
 import types
 from collections.abc import Callable, Iterable
@@ -225,7 +226,10 @@ def _parameter_line(name: str) -> str:
     kind = _alternatives(field.annotation)[0]
     kind = get_origin(kind) or kind
     kind = "str" if kind is Literal else kind.__name__
-    return f"{name} = {field.get_default(call_default_factory=True)!r}  # type: {kind} {field.description}"
+    default = field.get_default(call_default_factory=True)
+    # Strings in double quotes, as ruff formats them.
+    written = json.dumps(default) if isinstance(default, str) else repr(default)
+    return f"{name} = {written}  # type: {kind} {field.description}"
 
 
 def parameters_cell() -> str:

@@ -4,14 +4,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -99,7 +100,8 @@ def create(config: TrainConfig) -> TwoTowers:
     """
     import open_clip
 
-    register_models()
+    # Our own small configurations, known to open_clip by name.
+    open_clip.add_model_config(Path(__file__).parent / "model_configs")
     cfg = open_clip.get_model_config(config.model)
     if cfg is None:
         near = nearest_name(config.model, open_clip.list_models())
@@ -137,7 +139,6 @@ def create(config: TrainConfig) -> TwoTowers:
 def save(model: TwoTowers, folder: Path) -> None:
     """Write towers (as open_clip reads them), tokenizer and heads into ``folder``; :func:`load` reads them back."""
     from open_clip.push_to_hf_hub import save_config_for_hf
-    from safetensors.torch import save_model
 
     save_config_for_hf(model.clip, folder / "open_clip_config.json", model.model_cfg)
     save_model(model.clip, str(folder / WEIGHTS))
@@ -145,12 +146,15 @@ def save(model: TwoTowers, folder: Path) -> None:
         # open_clip looks for a Hugging Face tokenizer in the checkpoint's own folder.
         model.tokenizer.tokenizer.save_pretrained(folder)
         model.clip.text.config.save_pretrained(folder)
-    heads = {"heads": model.head_cfg}
-    (folder / "heads.json").write_text(json.dumps(heads))
+    (folder / "heads.json").write_text(json.dumps({"heads": model.head_cfg}))
     if model.head_cfg:
-        from safetensors.torch import save_file
+        heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
+        save_file(heads, str(folder / HEADS))
 
-        save_file(_head_state(model), str(folder / HEADS))
+
+def best_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: str | Path) -> TwoTowers:
@@ -178,34 +182,18 @@ def load(path: str | Path) -> TwoTowers:
 
 def restore(model: TwoTowers, folder: Path) -> None:
     """Put a checkpoint's weights into a model made by :func:`create` with the same settings."""
-    from safetensors.torch import load_model
-
     load_model(model.clip, str(folder / WEIGHTS))
     if model.head_cfg:
         _load_heads(model, folder)
 
 
-def register_models() -> None:
-    """Make our small configurations known to open_clip by name."""
-    import open_clip
-
-    open_clip.add_model_config(Path(__file__).parent / "model_configs")
-
-
 def encode_images(
-    model: TwoTowers,
-    images: Sequence[Image.Image],
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    progress: bool = True,
+    model: TwoTowers, images: Sequence[Image.Image], *, batch_size: int = 256, workers: int = 0, progress: bool = True
 ) -> Tensor:
     """Image features z_I of an indexable of PIL images, (N, embed) float32 on the CPU, in eval mode."""
-    loader = torch.utils.data.DataLoader(
-        _Transformed(images, model.eval_transform), batch_size, num_workers=workers, shuffle=False
-    )
-    batches = tqdm(loader, desc="encoding images", disable=not progress, mininterval=2, leave=False)
-    return _encode(model, batches, lambda batch: model(images=batch).image)
+    loader = torch.utils.data.DataLoader(_Transformed(images, model.eval_transform), batch_size, num_workers=workers)
+    bar = tqdm(loader, desc="encoding images", disable=not progress, mininterval=2, leave=False)
+    return _encode(model, ((batch, None) for batch in bar)).image
 
 
 def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
@@ -213,34 +201,32 @@ def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int =
     captions = list(captions)
     starts = range(0, len(captions), batch_size)
     bar = tqdm(starts, desc="encoding captions", disable=not progress, mininterval=2, leave=False)
-    batches = (model.tokenizer(captions[start : start + batch_size]) for start in bar)
-    return _encode(model, batches, lambda batch: model(tokens=batch).text)
+    return _encode(model, ((None, model.tokenizer(captions[start : start + batch_size])) for start in bar)).text
 
 
-@torch.no_grad()
 def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
     """All four features of some rows of a table, (n, d) float32 on the CPU, under the eval transform."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    found = []
-    bar = tqdm(range(0, len(rows), batch_size), desc="encoding pairs", mininterval=2, leave=False)
-    for batch in (rows[start : start + batch_size] for start in bar):
-        images = torch.stack([model.eval_transform(pairs.image(row)) for row in batch])
-        tokens = model.tokenizer([pairs.caption(row) for row in batch])
-        found.append([part.cpu() for part in model(images.to(device), tokens.to(device))])
-    model.train(training)
-    return Outputs(*map(torch.cat, zip(*found, strict=True)))
+
+    def batch(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = torch.stack([model.eval_transform(pairs.image(row)) for row in rows])
+        return images, model.tokenizer([pairs.caption(row) for row in rows])
+
+    starts = tqdm(range(0, len(rows), batch_size), desc="encoding pairs", mininterval=2, leave=False)
+    return _encode(model, (batch(rows[start : start + batch_size]) for start in starts))
 
 
 @torch.no_grad()
-def _encode(model: TwoTowers, batches: Any, features: Callable[[Tensor], Tensor]) -> Tensor:
+def _encode(model: TwoTowers, batches: Iterable[tuple[Tensor | None, Tensor | None]]) -> Outputs:
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        found = [features(batch.to(device)).cpu() for batch in batches]
+        asked = ([part if part is None else part.to(device) for part in batch] for batch in batches)
+        found = [[part if part is None else part.cpu() for part in model(*batch)] for batch in asked]
     finally:
         model.train(training)
-    return torch.cat(found) if found else torch.empty(0, model.model_cfg["embed_dim"])
+    if not found:
+        return Outputs(*[torch.empty(0, model.model_cfg["embed_dim"])] * 4)
+    return Outputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 class _Transformed(torch.utils.data.Dataset):
@@ -304,12 +290,5 @@ def _lock_image(clip: nn.Module, config: TrainConfig) -> None:
 
 
 def _load_heads(model: TwoTowers, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    missing, unexpected = model.load_state_dict(load_file(folder / HEADS), strict=False)
-    if unexpected or any(not name.startswith("clip.") for name in missing):
-        raise ValueError(f"{folder / HEADS} does not fit its heads.json: {unexpected or missing}")
-
-
-def _head_state(model: TwoTowers) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("clip.")}
+    towers = {f"clip.{name}": value for name, value in model.clip.state_dict().items()}
+    model.load_state_dict(towers | load_file(folder / HEADS))

@@ -1,10 +1,9 @@
 """Figures from arrays and tables: each function returns a matplotlib Figure, made without pyplot, and saves nothing."""
 
-import functools
 import io
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -48,25 +47,15 @@ class _Figure(Figure):
         return buffer.getvalue()
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @functools.wraps(draw)
-    def styled(*args, **kwargs):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
 def embed(
-    features: np.ndarray, *, method: str = "umap", seed: int = 0, limit: int = 5000, labels: Sequence | None = None
+    features: np.ndarray, *, method: str = "umap", seed: int = 0, limit: int = 5000
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two coordinates for each of at most ``limit`` rows.
 
     Args:
         features: (N, d).
         method: "umap" | "tsne" | "pca", with the parameters of ``METHODS``.
-        limit: of more rows a random sample is taken, in which each of ``labels`` keeps its share.
-        labels: (N,) of any kind.
+        limit: of more rows a random sample is taken.
 
     Returns:
         xy: (n, 2) float32.
@@ -80,7 +69,7 @@ def embed(
         raise ValueError(f"method {method!r}: it is one of {', '.join(METHODS)}")
     if len(features) < 4:
         raise ValueError(f"a map needs at least 4 points, got {len(features)}")
-    kept = _stratified(np.zeros(len(features)) if labels is None else labels, limit, seed)
+    kept = np.sort(randomness.numpy_generator(seed, "map sample").permutation(len(features))[:limit])
     points, seed = features[kept], randomness.derive(seed, "map") % 2**32
     if method == "pca":
         from sklearn.decomposition import PCA
@@ -98,27 +87,9 @@ def embed(
     return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(points), kept
 
 
-def _stratified(labels: Sequence, limit: int, seed: int) -> np.ndarray:
-    """At most ``limit`` row numbers, ascending, every label with its share to within one row."""
-    _, group, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-    order = randomness.numpy_generator(seed, "map sample").permutation(len(group))
-    order = order[np.argsort(group[order], kind="stable")]
-    rank = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
-    # The r-th of c members comes at (r + ½) / c: cutting that list anywhere leaves the shares as they are.
-    place = (rank + 0.5) / np.repeat(counts, counts)
-    return np.sort(order[np.argsort(place, kind="stable")[:limit]])
-
-
-@_styled
+@matplotlib.rc_context(STYLE)
 def joint_map(
-    xy: np.ndarray,
-    is_text: np.ndarray,
-    *,
-    gap: float | None = None,
-    pairs: np.ndarray | None = None,
-    links: int = 60,
-    method: str = "umap",
-    seed: int = 0,
+    xy: np.ndarray, is_text: np.ndarray, *, gap: float | None = None, links: int = 60, method="umap", seed: int = 0
 ) -> Figure:
     """Joint map of image and text features; lines join some of the pairs, the title tells the gap.
 
@@ -126,15 +97,13 @@ def joint_map(
         xy: (n, 2) from :func:`embed` over both modalities.
         is_text: (n,) bool.
         gap: the modality gap, as :func:`protoclip_lab.evaluation.modality_gap` measures it on the features.
-        pairs: (P, 2) places in ``xy`` of an image and its text; None pairs the i-th image with the i-th text if
-            there are as many of each, and else draws no lines.
-        links: pairs that are joined by a line, evenly taken from all.
+        links: how many lines join the i-th image with the i-th text, evenly taken from all; none if there are not
+            as many of each.
         method, seed: what made ``xy``, stated under the figure.
     """
     is_text = np.asarray(is_text, dtype=bool)
-    if pairs is None:
-        even = is_text.sum() * 2 == len(is_text)
-        pairs = np.column_stack([np.flatnonzero(~is_text), np.flatnonzero(is_text)]) if even else np.zeros((0, 2), int)
+    images, texts = np.flatnonzero(~is_text), np.flatnonzero(is_text)
+    pairs = np.column_stack([images, texts]) if len(images) == len(texts) else np.zeros((0, 2), int)
     drawn = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(links, len(pairs))).astype(int))]
     title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
     joined = f"{len(drawn)} of {len(pairs):,} pairs joined by a line"
@@ -147,7 +116,7 @@ def joint_map(
     return figure
 
 
-@_styled
+@matplotlib.rc_context(STYLE)
 def cluster_map(
     xy: np.ndarray, labels: Sequence, *, names: Sequence[str] | None = None, title="", method="umap", seed: int = 0
 ) -> Figure:
@@ -177,7 +146,7 @@ def cluster_map(
     return figure
 
 
-@_styled
+@matplotlib.rc_context(STYLE)
 def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence[str]], names: Sequence[str]) -> Figure:
     """One row per prototype: the samples nearest to it with their captions.
 
@@ -206,7 +175,7 @@ def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence
     return figure
 
 
-@_styled
+@matplotlib.rc_context(STYLE)
 def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "episode", by: str = "run") -> Figure:
     """Metrics against episodes: a panel for each column, a line for each run.
 
@@ -232,7 +201,7 @@ def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "epi
     return figure
 
 
-@_styled
+@matplotlib.rc_context(STYLE)
 def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by: str = "arm") -> Figure:
     """Arms side by side, a panel for each measure: mean ± standard deviation over seeds, and each seed as a dot.
 
@@ -260,27 +229,6 @@ def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by:
         axes.set_ylim(len(arms) - 0.4, -0.7)
         axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
     figure.supxlabel("mean ± standard deviation over seeds; small dots are single runs", fontsize=8, color=NOTE)
-    return figure
-
-
-@_styled
-def cluster_sizes(sizes: np.ndarray, *, title: str = "Cluster sizes") -> Figure:
-    """Members of each cluster, largest first; the title states how many are empty. sizes: (K,) counts."""
-    sizes = np.sort(np.asarray(sizes))[::-1]
-    figure = _Figure(figsize=(WIDTH, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.fill_between(
-        np.arange(len(sizes) + 1), np.append(sizes, sizes[-1:]), step="post", color=PALETTE[0], linewidth=0
-    )
-    empty = int((sizes == 0).sum())
-    if empty:
-        axes.axvspan(len(sizes) - empty, len(sizes), color=PALETTE[4], alpha=0.3, linewidth=0)
-        middle = {"ha": "center", "va": "center", "transform": axes.get_xaxis_transform()}
-        axes.text(len(sizes) - empty / 2, 0.5, f"{empty:,} empty", rotation=90, **middle)
-    axes.set_title(
-        f"{title} · {len(sizes):,} clusters, {empty:,} empty, median {np.median(sizes):g}, largest {sizes[0]:,}"
-    )
-    axes.set(xlabel="cluster, by size", ylabel="members", xlim=(0, len(sizes)), ylim=(0, None))
     return figure
 
 

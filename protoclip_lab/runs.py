@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import shutil
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.data.source import open_pairs
+from protoclip_lab.storage import sync, write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,10 +149,10 @@ class Run:
         sums = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
         write_json(staging / CHECKSUMS, sums)
         for name in [*sums, "."]:
-            _sync(staging / name)
+            sync(staging / name)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         return final
 
     def finish(self, **facts: Any) -> None:
@@ -268,19 +268,6 @@ def keep(figure: Any, output: str | Path, name: str) -> Any:
     return figure
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new, never half of one."""
-    write_text(path, json.dumps(value, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new, never half of one."""
-    staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, "utf-8")
-    _sync(staging)
-    staging.replace(path)
-
-
 def _read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
@@ -293,14 +280,6 @@ def _frame(rows: list[dict]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(rows)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

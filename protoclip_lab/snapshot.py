@@ -172,4 +172,4 @@ def history(snapshot: Snapshot) -> DataFrame:
 
 
 def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> Outputs:
-    return encoders.encode_pairs(encoders.load(checkpoint), pairs, rows)
+    return encoders.encode_pairs(encoders.load(checkpoint).to(encoders.best_device()), pairs, rows)

@@ -4,9 +4,8 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
+from protoclip_lab.data.downstream import PairImages
 from protoclip_lab.data.source import open_pairs
+from protoclip_lab.storage import write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,7 @@ _BATCH = 128
 _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
-def extract(
-    captions: Sequence[str], model: str, *, dim: int | None = 64, progress: bool = True, **options
-) -> np.ndarray:
+def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **options) -> np.ndarray:
     """Features of captions by a pretrained text model, L2-normalised and then reduced by PCA.
 
     Args:
@@ -39,8 +38,8 @@ def extract(
         pooling: "mean" (default) averages the real tokens; a sentence-transformers model keeps the pooling it was
             trained with. "mean_padded" averages all 77 positions, filled up with token 0 and attended to, as the
             authors' code does; unlike there, a caption that is too long keeps its end token.
-        batch_size: 128 captions unless told otherwise.
-        device: where to compute; by default a GPU if there is one.
+        batch_size: 128 captions unless told otherwise; on a GPU if there is one.
+        progress: False hides the progress bar.
 
     Returns:
         (N, dim) float32.
@@ -52,39 +51,25 @@ def extract(
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     distinct, index = _distinct(captions)
-    return _reduce(np.concatenate([*_embed("text", distinct, model, progress, **options)]), index, dim)[0]
+    return _reduce(np.concatenate([*_embed("text", distinct, model, **options)]), index, dim)[0]
 
 
-def extract_images(
-    images: Sequence, model: str, *, dim: int | None = 64, progress: bool = True, **options
-) -> np.ndarray:
+def extract_images(images: Sequence, model: str, *, dim: int | None = 64, **options) -> np.ndarray:
     """Features of images by a pretrained image tower, normalised and reduced like those of :func:`extract`.
 
     Args:
         images: N PIL images: anything with a length and an index.
         model: ``timm:NAME``, ``timm:local-dir:FOLDER``, ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``,
             e.g. ``timm:resnet18`` or ``open_clip:RN50/openai``. The transform is the model's own for evaluation.
-        workers: processes that read and transform images; by default 0, it is done in this one.
-        batch_size, device: as in :func:`extract`.
+        batch_size, progress: as in :func:`extract`.
 
     Returns:
         (N, dim) float32.
     """
-    index = np.arange(len(images))
-    items = _Images(images.__getitem__, index)
-    return _reduce(np.concatenate([*_embed("image", items, model, progress, **options)]), index, dim)[0]
+    return _reduce(np.concatenate([*_embed("image", images, model, **options)]), np.arange(len(images)), dim)[0]
 
 
-def build(
-    pairs: Any,
-    model: str,
-    out: str | Path,
-    *,
-    kind: str = "text",
-    dim: int | None = 64,
-    progress: bool = True,
-    **options,
-) -> Path:
+def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | None = 64, **options) -> Path:
     """Write the teacher features of a table, one row per pair, and a JSON of the same stem that says what they are.
 
     Embeddings of the distinct captions or images go block by block to ``STEM.partial``, the number done to
@@ -107,8 +92,8 @@ def build(
     if kind == "text":
         items, index = _distinct(pairs.captions)
     else:
-        _, first, index = np.unique(np.asarray(pairs.image_ids), return_index=True, return_inverse=True)
-        items = _Images(pairs.image, first)
+        items = PairImages(pairs)
+        index = items.image_of_caption
     about = {
         "model": str(model),
         "kind": kind,
@@ -120,28 +105,28 @@ def build(
         "distinct": len(items),
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]},
     }
-    partial, state_path, writing = (out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing"))
+    raw_path, state_path, writing = (out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = json.loads(state_path.read_text(encoding="utf-8")) if state_path.exists() else {}
+    state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
     done = state.pop("done", 0)
-    if state and (state != about or not partial.exists()):
-        log.warning("%s was begun with another table, settings or versions: starting again", partial)
+    if done and state != about:
+        log.warning("%s was begun with another table, settings or versions: starting again", raw_path)
         done = 0
-    raw = open_memmap(partial, mode="r+") if done else None
-    for block in _embed(kind, items, model, progress, done, **options):
+    raw = open_memmap(raw_path, mode="r+") if done else None
+    for block in _embed(kind, items, model, done, **options):
         if raw is None:
             state_path.unlink(missing_ok=True)  # it would vouch for rows that are about to be erased
-            raw = open_memmap(partial, "w+", np.float32, (len(items), block.shape[1]))
+            raw = open_memmap(raw_path, "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block
         raw.flush()
         done += len(block)
-        _write_json(state_path, {**about, "done": done})
+        write_json(state_path, {**about, "done": done})
     features, share = _reduce(raw, index, dim, writing)
     features.flush()
     out.with_suffix(".json").unlink(missing_ok=True)
-    os.replace(writing, out)
-    _write_json(out.with_suffix(".json"), {**about, "dimension": features.shape[1], "explained_variance": share})
-    partial.unlink()
+    writing.replace(out)
+    write_json(out.with_suffix(".json"), {**about, "dimension": features.shape[1], "explained_variance": share})
+    raw_path.unlink()
     state_path.unlink()
     return out
 
@@ -170,15 +155,9 @@ def teach(
         The file, and the pairs it belongs to.
     """
     output = Path(output)
-    pairs = open_pairs(
-        output.parent / "shapes" if table == "shapes" else output,
-        table,
-        image_root=image_root,
-        image_column=image_column,
-        caption_column=caption_column,
-        where=where,
-        dataset_size=dataset_size,
-    )
+    folder = output.parent / "shapes" if table == "shapes" else output
+    columns = {"image_column": image_column, "caption_column": caption_column, "where": where}
+    pairs = open_pairs(folder, table, image_root=image_root, dataset_size=dataset_size, **columns)
     options = {"pooling": pooling} if kind == "text" else {}
     path = build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options)
     return path, pairs
@@ -193,12 +172,11 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     """
     path, about_path = Path(path), Path(path).with_suffix(".json")
     name, again = f"teacher features {path}", "Run 02_extract_teacher again"
-    for needed in (path, about_path):
-        if not needed.exists():
-            raise FileNotFoundError(f"{name}: {needed} is missing, so they were moved or never finished. {again}.")
-    about = json.loads(about_path.read_text(encoding="utf-8"))
     try:
-        features = open_memmap(path, mode="r")
+        about, features = json.loads(about_path.read_text("utf-8")), open_memmap(path, mode="r")
+    except FileNotFoundError as error:
+        lost = f"{error.filename} is missing, so they were moved or never finished"
+        raise FileNotFoundError(f"{name}: {lost}. {again}.") from error
     except ValueError as error:
         raise ValueError(f"{name} are truncated or no plain .npy array ({error}). {again}.") from error
     promised = (about["rows"], about["dimension"])
@@ -217,21 +195,6 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     return features
 
 
-@dataclass
-class _Images:
-    """Some of a collection's images, transformed on demand; a class so that it can go to worker processes."""
-
-    image: Callable[[int], Any]
-    rows: np.ndarray
-    transform: Callable[[Any], torch.Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return self.transform(self.image(int(self.rows[i])))
-
-
 def _distinct(captions: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """The distinct captions in order of appearance, and for each caption its place among them."""
     places: dict[str, int] = {}
@@ -239,88 +202,89 @@ def _distinct(captions: Iterable[str]) -> tuple[list[str], np.ndarray]:
     return list(places), index
 
 
-def _embed(kind: str, items: Any, model: str, progress: bool, start: int = 0, **options) -> Iterator[np.ndarray]:
+def _embed(kind, items, model, start=0, *, batch_size=_BATCH, progress=True, **options) -> Iterator[np.ndarray]:
     """Blocks of normalised, finite embeddings of ``items[start:]`` in order, under a progress bar."""
     if not len(items):
         raise ValueError("nothing to embed: the list of captions or images is empty")
-    blocks = (_embed_captions if kind == "text" else _embed_images)(items, str(model), start, **options)
+    encode, size = (_text_tower if kind == "text" else _image_tower)(str(model), batch_size, **options)
     with tqdm(desc=str(model), total=len(items), initial=start, mininterval=2, disable=not progress) as bar:
-        for block in blocks:
+        for first in range(start, len(items), size):
+            block = encode([items[i] for i in range(first, min(first + size, len(items)))])
             bad = ~np.isfinite(block).all(axis=1)
             if bad.any():
-                raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {start + bad.argmax()}")
+                raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
             yield block
-            start += len(block)
             bar.update(len(block))
 
 
-def _embed_captions(captions, model, start, *, pooling="mean", batch_size=_BATCH, device=None) -> Iterator[np.ndarray]:
+def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], np.ndarray], int]:
+    """A function from captions to normalised embeddings, and how many captions to give it at a time."""
     if pooling not in ("mean", "mean_padded"):
         raise ValueError(f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
+    from sentence_transformers import SentenceTransformer
+
     where, local = _locate(model)
+    tower = SentenceTransformer(where, local_files_only=local).eval()
     if pooling == "mean":
-        from sentence_transformers import SentenceTransformer
+        encode = partial(tower.encode, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        return encode, 16 * batch_size  # it batches captions of like length, so little is spent on padding
 
-        tower = SentenceTransformer(where, device=_device(device), local_files_only=local)
-        # Sixteen batches at a time: they are filled with captions of like length, so little is spent on padding.
-        for first in range(start, len(captions), 16 * batch_size):
-            chunk = captions[first : first + 16 * batch_size]
-            yield tower.encode(chunk, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
-        return
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-    tower = AutoModel.from_pretrained(where, local_files_only=local).to(_device(device)).eval()
-    for first in range(start, len(captions), batch_size):
-        tokens = tokenizer(captions[first : first + batch_size], truncation=True, max_length=77)["input_ids"]
+    def encode_padded(captions: list[str]) -> np.ndarray:
+        tokens = tower.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
         ids = torch.tensor([t + [0] * (77 - len(t)) for t in tokens], device=tower.device)
         with torch.inference_mode():
-            hidden = tower(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        yield _normalised(hidden.mean(dim=1))
+            hidden = tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return _normalised(hidden.mean(dim=1))
+
+    return encode_padded, batch_size
 
 
 def _locate(model: str) -> tuple[str, bool]:
     """Name or folder to load a text model from, and whether to keep off the network."""
     if Path(model).is_dir():
         return model, True
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
     # Asked once and briefly whether the hub answers: offline, the libraries repeat every request for minutes.
     try:
         HfApi().model_info(model, timeout=5)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError):
-        pass  # what is wrong with a name, the libraries say well
+        return model, False
     except Exception as error:  # each release of the hub's client has its own kinds of network error
-        package = _PACKAGED.get(model, "")
-        packaged = bool(package) and importlib.util.find_spec(package) is not None
-        source = f"the installed package {package}" if packaged else "the hub's cache on this machine, if it is there"
-        log.warning("the hub is out of reach (%s): %s comes from %s", type(error).__name__, model, source)
-        return str(importlib.import_module(package).get_model_path()) if packaged else model, True
-    return model, False
+        refused = type(error).__name__
+    where, source = model, "the hub's cache on this machine, if it is there"
+    package = _PACKAGED.get(model)
+    if package and importlib.util.find_spec(package):
+        where, source = importlib.import_module(package).get_model_path(), f"the installed package {package}"
+    log.warning("%s is not on the hub or the hub is out of reach (%s): it comes from %s", model, refused, source)
+    return str(where), True
 
 
-def _embed_images(images, model, start, *, batch_size=_BATCH, workers=0, device=None) -> Iterator[np.ndarray]:
+def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], np.ndarray], int]:
+    """A function from PIL images to normalised embeddings, and how many images to give it at a time."""
     library, _, name = model.partition(":")
     if library == "timm":
         import timm
 
         tower = timm.create_model(name, pretrained=True, num_classes=0)
         settings = timm.data.resolve_model_data_config(tower)
-        encode, images.transform = tower.forward, timm.data.create_transform(**settings, is_training=False)
+        forward, transform = tower.forward, timm.data.create_transform(**settings, is_training=False)
     elif library == "open_clip" and (":" in name or "/" in name):
         import open_clip
 
         # "local-dir:FOLDER" and "hf-hub:NAME" carry their weights, "RN50/openai" names them
         architecture, weights = (name, None) if ":" in name else name.split("/", 1)
-        tower, _, images.transform = open_clip.create_model_and_transforms(architecture, pretrained=weights)
-        encode = tower.encode_image
+        tower, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=weights)
+        forward = tower.encode_image
     else:
         raise ValueError(f"image teacher {model!r}: write timm:NAME, open_clip:NAME/WEIGHTS or open_clip:local-dir:DIR")
-    tower.to(_device(device)).eval()
-    rest = range(start, len(images))
-    for batch in torch.utils.data.DataLoader(images, batch_size, sampler=rest, num_workers=workers):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower.to(device).eval()
+
+    def encode(images: list) -> np.ndarray:
         with torch.inference_mode():
-            yield _normalised(encode(batch.to(_device(device))))
+            return _normalised(forward(torch.stack([transform(image) for image in images]).to(device)))
+
+    return encode, batch_size
 
 
 def _reduce(raw, index, dim: int | None, path: Path | None = None) -> tuple[np.ndarray, float]:
@@ -355,13 +319,3 @@ def _principal_components(raw: np.ndarray, counts: np.ndarray, dim: int) -> tupl
 
 def _normalised(features: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
-
-
-def _device(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(writing, path)

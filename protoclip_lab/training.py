@@ -29,7 +29,8 @@ from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.encoders import Outputs, TwoTowers
 from protoclip_lab.prototypes import Prototypes, Teacher
 from protoclip_lab.randomness import derive
-from protoclip_lab.runs import Run, keep, pairs_of, write_json
+from protoclip_lab.runs import Run, keep, pairs_of
+from protoclip_lab.storage import write_json
 
 # Pairs in the picture that `draw_every` makes.
 DRAWN = 1000

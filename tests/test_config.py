@@ -1,5 +1,6 @@
 """Unknown and out-of-range settings raise and name the nearest valid one."""
 
+import ast
 import json
 
 import nbformat
@@ -68,7 +69,7 @@ def test_every_field_has_a_line_papermill_can_read(tmp_path):
     assert list(found) == list(TrainConfig.model_fields)
     for name, parameter in found.items():
         field = TrainConfig.model_fields[name]
-        assert parameter["default"] == repr(field.get_default(call_default_factory=True))
+        assert ast.literal_eval(parameter["default"]) == field.get_default(call_default_factory=True)
         assert parameter["help"] == field.description
         assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list", "dict"}
 

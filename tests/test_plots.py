@@ -62,14 +62,11 @@ def test_pca_map_keeps_the_two_largest_singular_values():
     np.testing.assert_allclose(np.linalg.norm(xy, axis=0), singular[:2], rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [7, 100, 333])
-def test_subsample_keeps_the_share_of_every_label(limit):
-    labels = np.random.default_rng(0).permutation(np.repeat(["a", "b", "c", "d"], [500, 300, 150, 50]))
-    xy, kept = plots.embed(blobs(1000, d=4), method="pca", limit=limit, labels=labels)
-    assert len(xy) == len(kept) == limit
+@pytest.mark.parametrize("limit", [7, 100, 333, 2000])
+def test_subsample_is_of_the_size_asked_for_in_order(limit):
+    xy, kept = plots.embed(blobs(1000, d=4), method="pca", limit=limit)
+    assert len(xy) == len(kept) == min(limit, 1000)
     assert (np.diff(kept) > 0).all()
-    for label, count in zip("abcd", (500, 300, 150, 50), strict=True):
-        assert abs((labels[kept] == label).sum() - limit * count / 1000) <= 1
 
 
 def test_subsample_depends_on_the_seed_and_spreads_over_the_rows():
@@ -106,12 +103,9 @@ def test_joint_map_joins_the_i_th_image_with_the_i_th_text():
     assert found == sorted(xy[[i, i + 1]].tolist() for i in (0, 2, 4))
 
 
-def test_joint_map_takes_pairs_by_name_and_draws_none_where_it_cannot_know_them():
-    xy = spots(5)
+def test_joint_map_joins_nothing_where_it_cannot_know_the_pairs():
     uneven = np.array([False, False, True, True, True])
-    assert len(plots.joint_map(xy, uneven).axes[0].lines) == 0
-    figure = plots.joint_map(xy, uneven, pairs=np.array([[1, 4]]))
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xydata(), xy[[1, 4]])
+    assert len(plots.joint_map(spots(5), uneven).axes[0].lines) == 0
 
 
 def test_cluster_map_colours_up_to_eight_groups_apart():
@@ -222,22 +216,16 @@ def test_comparison_draws_the_measures_named():
     assert [axes.get_title() for axes in plots.comparison(table, ["y"], by="run").axes] == ["y"]
 
 
-def test_cluster_sizes_are_sorted_and_the_empty_ones_stated():
-    figure = plots.cluster_sizes(np.array([3, 0, 12, 5, 0, 1]))
-    assert figure.axes[0].get_title() == "Cluster sizes · 6 clusters, 2 empty, median 2, largest 12"
-    assert "2 empty" in words(figure)
-    outline = figure.axes[0].collections[0].get_paths()[0].vertices
-    heights = [outline[np.isclose(outline[:, 0], i + 1), 1].max() for i in range(6)]
-    assert heights == [12, 5, 3, 1, 0, 0]
-    assert not plots.cluster_sizes([4]).axes[0].texts
-
-
 def test_a_notebook_shows_a_returned_figure_once_with_and_without_pyplot():
     import nbclient
     import nbformat
 
-    draw = "plots.cluster_sizes([3, 2, 0])"
-    cells = ["from protoclip_lab import plots\n" + draw, "import matplotlib.pyplot as plt\n" + draw, draw]
+    draw = "plots.cluster_map(np.eye(2), [0, 1])"
+    cells = [
+        "import numpy as np\nfrom protoclip_lab import plots\n" + draw,
+        "import matplotlib.pyplot as plt\n" + draw,
+        draw,
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=60).execute()
     for cell in notebook.cells:

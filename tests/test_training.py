@@ -199,6 +199,31 @@ def test_external_teacher_teaches_both_towers_at_its_own_k(run, teacher):
     assert names[2:] == [("minilm", "image", 3), ("minilm", "text", 3), ("minilm", "image", 5), ("minilm", "text", 5)]
 
 
+def test_two_external_teachers_teach_with_their_own_weights(run, teacher):
+    second = teacher | {"name": "other", "weight": 0.25, "temperature": 10.0, "k": 4}
+    found = run(teachers=[teacher, second], proto_weight=0)
+    records = prototypes.load(found.latest)
+    assert [(r.teacher, r.student, r.weight) for r in records] == [
+        ("minilm", "image", 0.5),
+        ("minilm", "text", 0.5),
+        ("other", "image", 0.125),
+        ("other", "text", 0.125),
+    ]
+    # The sharp teacher is one-hot: its targets are the prototypes themselves.
+    assert torch.equal(records[0].targets, records[0].centroids)
+    assert not torch.allclose(records[2].targets, records[2].centroids)
+
+
+def test_evaluations_come_every_n_episodes_with_their_episode(run, table):
+    where = {"where": {"split": "test"}, "image_root": str(table.with_name("images.tar"))}
+    held_out = {"name": "held out", "table": str(table), "measures": ["retrieval"], **where}
+    rows = run(evaluate_every=2, evaluation_sets=[held_out], episodes=4).evaluations()
+    assert rows["episode"].unique().tolist() == [2, 4]
+    assert set(rows["dataset"]) == {"held out"} and "retrieval_mean_recall" in set(rows["measure"])
+    with pytest.raises(ValueError, match="'retreival'"):
+        run(evaluate_every=2, evaluation_sets=[held_out | {"measures": ["retreival"]}])
+
+
 def test_text_tower_rests_outside_its_episodes(run):
     found = run(objective="clip", text_start_episode=2, text_end_episode=2, weight_decay=0.0)
     first, second, third = (weights(found, i)["text_projection"] for i in range(3))

@@ -18,19 +18,12 @@ from tqdm.auto import tqdm
 
 from protoclip_lab.randomness import numpy_generator
 
-# How hard the world is: a factor on every strength in NUISANCES, 0 to 2. It is set once, by training plain CLIP, and
-# not touched after ProtoCLIP has been run on the data: whoever tunes it then tunes the comparison.
+# How hard the world is: a factor, 0 to 2, on every nuisance in `draw`. It is set once, by training plain CLIP, and not
+# touched after ProtoCLIP has been run on the data: whoever tunes it then tunes the comparison.
 DIFFICULTY = 1.0
-WORLD = 2  # to be raised with any change to the drawing or NUISANCES, so that `write` draws older images again
-NUISANCES = {
-    "colour": 0.035,  # largest shift of a channel; twice this still leaves each colour nearest to its own name
-    "shift": 0.05,  # largest shift of the centre, in image widths
-    "scale": 0.10,  # largest relative change of the radius: at difficulty 2 small and large still do not meet
-    "turn": 0.25,  # largest rotation of the shape, radians; twice this is 29 degrees, not yet a diamond for a square
-    "light": 0.3,  # how much darker the dark side may be; never brighter, which would turn orange to yellow
-    "speckle": 0.04,  # standard deviation of the noise of a pixel
-    "strokes": 1.5,  # mean number of strokes of one random colour behind the shape
-}
+WORLD = 2  # to be raised with any change to the drawing, so that `write` draws older images again
+_COLOUR_SHIFT = 0.035  # largest shift of a channel; twice this still leaves each colour nearest to its own name
+_SIZE_CHANGE = 0.10  # largest relative change of the radius: at difficulty 2 small and large still do not meet
 _OVERSAMPLING = 4  # masks are drawn at 4 x and averaged: anti-aliasing that Pillow's polygons lack
 
 _COLOURS = {  # far apart in hue or lightness, and all away from the pale backdrops
@@ -49,8 +42,8 @@ _RADII = {"small": 0.2, "large": 0.33}  # of the enclosing circle, in image widt
 _PLACES = {"top": (0, -1), "centre": (0, 0), "bottom": (0, 1), "corner": (1, 1), "side": (1, 0)}
 
 
-def _outlines() -> dict[str, np.ndarray]:
-    """Outlines as complex numbers (x right, y down), the box around each centred, the farthest point at 1."""
+def _outlines():
+    """Names and outlines, as complex numbers (x right, y down), the box around each centred, the farthest point at 1."""
     t = 2 * np.pi * np.arange(72) / 72
     turn = np.exp(1j * t)
     arm = np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j])
@@ -67,14 +60,12 @@ def _outlines() -> dict[str, np.ndarray]:
         "ring": np.concatenate([turn, turn[:1], 0.58 * turn[:1], 0.58 * turn[::-1]]),
         "crescent": np.concatenate([np.exp(1j * rim), 0.5 + 0.8 * np.exp(1j * bite)]),
     }
-    outlines = {}
     for name, z in raw.items():
         middle = (z.real.min() + z.real.max()) / 2 + 1j * (z.imag.min() + z.imag.max()) / 2
-        outlines[name] = (z - middle) / np.abs(z - middle).max()
-    return outlines
+        yield name, (z - middle) / np.abs(z - middle).max()
 
 
-_OUTLINES = _outlines()
+_OUTLINES = dict(_outlines())
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "shape": tuple(_OUTLINES),
@@ -111,9 +102,9 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _average(mask: Image.Image) -> np.ndarray:
-    """Oversampled 8-bit mask -> (side, side, 1) coverage in [0, 1]."""
-    return np.asarray(mask.reduce(_OVERSAMPLING), np.float32)[:, :, None] / 255
+def _share(mask: Image.Image) -> np.ndarray:
+    """8-bit image -> (side, side, 1) in [0, 1]."""
+    return np.asarray(mask, np.float32)[:, :, None] / 255
 
 
 def _backdrop(background: str, image_size: int, rng: np.random.Generator) -> np.ndarray:
@@ -122,20 +113,15 @@ def _backdrop(background: str, image_size: int, rng: np.random.Generator) -> np.
         return np.zeros((image_size, image_size, 1), np.float32)
     if background == "cloudy":
         coarse = Image.fromarray(rng.integers(0, 2, (6, 6), np.uint8) * np.uint8(255))
-        clouds = coarse.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        return np.asarray(clouds, np.float32)[:, :, None] / 255
+        return _share(coarse.resize((image_size, image_size), Image.Resampling.BICUBIC))
     angle, periods, *phase = rng.uniform((0, 3.5, 0, 0), (math.pi, 5.5, 1, 1))
     along = np.linspace(0, periods, image_size * _OVERSAMPLING, dtype=np.float32)
     cos, sin = math.cos(angle), math.sin(angle)  # Python floats leave the arrays in float32
     u = cos * along + sin * along[:, None] + float(phase[0])
-    u -= np.floor(u)
-    if background == "striped":
-        mask = u < 0.5
-    else:
-        v = cos * along[:, None] - sin * along + float(phase[1])
-        v -= np.floor(v)
-        mask = (u < 0.5) ^ (v < 0.5) if background == "checked" else (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.09
-    return _average(Image.fromarray(mask.view(np.uint8) * np.uint8(255)))
+    v = cos * along[:, None] - sin * along + float(phase[1])
+    u, v = u - np.floor(u), v - np.floor(v)
+    mask = {"striped": u < 0.5, "checked": (u < 0.5) ^ (v < 0.5), "dotted": (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.09}
+    return _share(Image.fromarray(mask[background].view(np.uint8) * np.uint8(255)).reduce(_OVERSAMPLING))
 
 
 def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIFFICULTY) -> tuple[Image.Image, dict]:
@@ -143,7 +129,7 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
 
     Args:
         image_size: side in pixels, at least 16. Factors and caption do not depend on it.
-        difficulty: factor on NUISANCES, 0 to 2. Factors and caption do not depend on it.
+        difficulty: factor on the nuisances, 0 to 2. Factors and caption do not depend on it.
 
     Returns:
         RGB image, and a row with the caption ("title") and one value per factor of FACTORS.
@@ -160,35 +146,34 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
     words = {factor: str(rng.choice(_SYNONYMS.get(value, (value,)))) for factor, value in row.items()}
     title = re.sub(r"\ba (?=[aeiou])", "an ", TEMPLATES[rng.integers(len(TEMPLATES))].format(**words))
 
-    amount = {name: strength * difficulty for name, strength in NUISANCES.items()}
-    radius = _RADII[row["size"]] * (1 + amount["scale"] * rng.uniform(-1, 1))
+    radius = _RADII[row["size"]] * (1 + _SIZE_CHANGE * difficulty * rng.uniform(-1, 1))
     towards = np.array(_PLACES[row["position"]])
     towards = towards * rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else towards
     # At the edge a small shape touches the frame, a large one is cut a little: both stay in sight of a random crop.
-    x, y = 0.5 + towards * (0.45 - 0.7 * radius) + amount["shift"] * rng.uniform(-1, 1, 2)
-    turn = np.exp(1j * amount["turn"] * rng.uniform(-1, 1))
+    x, y = 0.5 + towards * (0.45 - 0.7 * radius) + 0.05 * difficulty * rng.uniform(-1, 1, 2)
+    # In radians; twice this is 29 degrees, not yet a diamond for a square.
+    turn = np.exp(1j * (0.25 * difficulty * rng.uniform(-1, 1)))
     canvas = image_size * _OVERSAMPLING
     outline = (_OUTLINES[row["shape"]] * turn * radius + x + 1j * y) * canvas
-    shape = Image.new("L", (canvas, canvas))
+    shape, clutter = (Image.new("L", (canvas, canvas)) for _ in range(2))
     ImageDraw.Draw(shape).polygon(outline.view(float).tolist(), fill=255)
-
-    clutter = Image.new("L", (canvas, canvas))
-    pen = ImageDraw.Draw(clutter)
-    for start in rng.uniform(0, 1, (rng.poisson(amount["strokes"]), 2)):
+    # Behind the shape, strokes of one random colour, 1.5 on average.
+    for start in rng.uniform(0, 1, (rng.poisson(1.5 * difficulty), 2)):
         end = start + rng.uniform(-0.2, 0.2, 2)
-        pen.line([*(start * canvas), *(end * canvas)], fill=255, width=canvas // 40)
+        ImageDraw.Draw(clutter).line([*(start * canvas), *(end * canvas)], fill=255, width=canvas // 40)
 
     tone = rng.uniform(0.8, 0.95) + rng.uniform(-0.05, 0.05, 3)
     # Patterns are faint on purpose: with strong ones CLIP learned the background first and the shape hardly at all.
     pixels = tone - rng.uniform(0.1, 0.2) * _backdrop(row["background"], image_size, rng)
     stroke = np.array(_COLOURS[rng.choice(FACTORS["colour"])])
-    colour = np.array(_COLOURS[row["colour"]]) + amount["colour"] * rng.uniform(-1, 1, 3)
+    colour = np.array(_COLOURS[row["colour"]]) + _COLOUR_SHIFT * difficulty * rng.uniform(-1, 1, 3)
     for mask, paint in ((clutter, stroke), (shape, colour)):
-        pixels += _average(mask) * (paint - pixels)
+        pixels += _share(mask.reduce(_OVERSAMPLING)) * (paint - pixels)
     slope = rng.uniform(-0.25, 0.25, 2)
     ramp = np.linspace(-1, 1, image_size)
-    pixels *= 1 - amount["light"] * (0.5 + slope[0] * ramp + slope[1] * ramp[:, None])[:, :, None]
-    pixels += amount["speckle"] * rng.standard_normal((image_size, image_size, 1), np.float32)
+    # Light makes one side darker, never brighter, which would turn orange to yellow.
+    pixels *= 1 - 0.3 * difficulty * (0.5 + slope[0] * ramp + slope[1] * ramp[:, None])[:, :, None]
+    pixels += 0.04 * difficulty * rng.standard_normal((image_size, image_size, 1), np.float32)
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8)), {"title": title, **row}
 
 
@@ -210,31 +195,27 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
     """
     if size < 1 or not 0 <= held_out < 1:
         raise ValueError(f"size is {size} and held_out {held_out}: size starts at 1, held_out lies in [0, 1)")
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     table, images, note = out / "captions.tsv", out / "images.tar", out / "shapes.json"
-    parameters = {"world": WORLD, "difficulty": DIFFICULTY, "size": size, "seed": seed}
-    parameters |= {"image_size": image_size, "held_out": held_out}
 
     def state() -> str:
         lengths = {file.name: file.stat().st_size for file in (images, table) if file.is_file()}
-        return json.dumps({**parameters, "bytes": lengths}, indent=2) + "\n"
+        settings = {"world": WORLD, "difficulty": DIFFICULTY, "size": size, "seed": seed, "image_size": image_size}
+        return json.dumps({**settings, "held_out": held_out, "bytes": lengths}, indent=2) + "\n"
 
     if note.is_file() and note.read_text(encoding="utf-8") == state():
         return table
     note.unlink(missing_ok=True)
-    first_test = size - round(size * held_out)
     lines = ["\t".join(("filepath", "title", "split", *FACTORS))]
     with tarfile.open(images, "w", format=tarfile.USTAR_FORMAT) as archive:
         for index in tqdm(range(size), desc="drawing shapes", unit="image", mininterval=2):
-            image, row = draw(seed, index, image_size=image_size, difficulty=DIFFICULTY)
+            image, row = draw(seed, index, image_size=image_size)
             jpeg = BytesIO()
             image.save(jpeg, "JPEG", quality=90)
             member = tarfile.TarInfo(f"{index:06d}.jpg")  # its time and owner are 0 unless set
             member.size = jpeg.tell()
-            jpeg.seek(0)
-            archive.addfile(member, jpeg)
-            split = "train" if index < first_test else "test"
+            archive.addfile(member, BytesIO(jpeg.getvalue()))
+            split = "train" if index < size - round(size * held_out) else "test"
             lines.append("\t".join((member.name, row["title"], split, *(row[factor] for factor in FACTORS))))
     table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     note.write_text(state(), encoding="utf-8")

@@ -41,7 +41,11 @@ def test_reading_leaves_the_global_generator_alone(batches):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_worker_processes_read_the_same_and_serve_every_stage(batches, workers):
     reader = Reader(batches, workers=workers)
-    for purpose, episode, plan in [("extract", 1, [[0, 1], [2]]), ("learn", 1, [[3, 4]]), ("learn", 2, [[1], [0], [5]])]:
+    for purpose, episode, plan in [
+        ("extract", 1, [[0, 1], [2]]),
+        ("learn", 1, [[3, 4]]),
+        ("learn", 2, [[1], [0], [5]]),
+    ]:
         rows = [np.array(p) for p in plan]
         found = list(reader.read(rows, transform="train", purpose=purpose, episode=episode))
         assert len(found) == len(rows)

@@ -169,7 +169,7 @@ def test_the_named_colour_is_that_of_most_painted_pixels():
 
 def test_the_strongest_colour_jitter_keeps_every_colour_nearest_to_its_own_name():
     colours = np.array(list(shapes._COLOURS.values()))
-    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * 2 * shapes.NUISANCES["colour"]
+    corners = np.array(list(itertools.product((-1, 1), repeat=3))) * 2 * shapes._COLOUR_SHIFT
     for own, colour in enumerate(colours):
         distance = np.linalg.norm((colour + corners)[:, None] - colours, axis=2)
         assert (distance.argmin(1) == own).all(), list(shapes._COLOURS)[own]
@@ -212,7 +212,7 @@ def test_shapes_are_turned_by_difficulty_alone():
 
 
 def test_every_small_shape_is_smaller_than_every_large_one_at_the_highest_difficulty():
-    spread = 2 * shapes.NUISANCES["scale"]
+    spread = 2 * shapes._SIZE_CHANGE
     assert shapes._RADII["small"] * (1 + spread) < shapes._RADII["large"] * (1 - spread)
 
 

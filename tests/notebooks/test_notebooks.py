@@ -97,7 +97,9 @@ def test_03_trains_with_an_external_teacher(run):
 @pytest.mark.parametrize("method", ["umap"])
 def test_04_draws_gap_and_grouping(folder, run, method):
     output = folder / "seen"
-    execute("04_gap_and_grouping", folder, run=str(run), output=str(output), samples=60, method=method, labels=["shape"])
+    execute(
+        "04_gap_and_grouping", folder, run=str(run), output=str(output), samples=60, method=method, labels=["shape"]
+    )
     drawn = {picture.stem for picture in (output / "figures").iterdir()}
     assert drawn == {"joint", "map_prototypes", "map_shape", "prototypes", "through_training"}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -148,16 +148,14 @@ class TrainConfig(Settings):
     tensorboard: bool = Field(True, description="write TensorBoard files into the run folder")
     wandb: str = Field("", description="Weights & Biases project to log to; empty does not")
 
-    @field_validator("k")
-    @classmethod
-    def _k_at_least_one(cls, k: int | list[int]) -> int | list[int]:
-        ks = k if isinstance(k, list) else [k]
-        if not ks or min(ks) < 1:
-            raise ValueError(f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in ks] or [1]}")
-        return k
-
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
+        given = [self.k, *(teacher.k or 1 for teacher in self.teachers)]
+        for k in given:
+            ks = k if isinstance(k, list) else [k]
+            if not ks or min(ks) < 1:
+                near = [max(1, x) for x in ks] or [1]
+                raise ValueError(f"k = {k} is out of range; the nearest valid value is {near}")
         step = self.batch_size * self.accumulation
         size = math.inf if self.episode_size is None else self.episode_size
         if size < step:
@@ -204,13 +202,17 @@ def notebook_settings(namespace: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
 
 
-def call(function: Callable, namespace: dict[str, Any]) -> Any:
+def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) -> Any:
     """Call ``function`` with a notebook's own variables; papermill itself only warns of unknown names.
+
+    Args:
+        passed_to: functions that take what ``function`` does not name itself.
 
     Raises:
         ValueError: a variable is no argument of the function; the nearest one is named.
     """
-    settings, known = notebook_settings(namespace), inspect.signature(function).parameters
+    settings = notebook_settings(namespace)
+    known = [name for taker in (function, *passed_to) for name in inspect.signature(taker).parameters]
     for name in settings:
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")

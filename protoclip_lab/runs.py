@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.data.source import open_pairs
 from protoclip_lab.storage import sync, write_json, write_text
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 # These may change when a run is resumed: none has a say in weights or metrics.
 FREE = {"workers", "save_every", "tensorboard", "wandb", "run", "draw_every"}
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "faiss-cpu", "faiss-gpu", "accelerate", "datasets", "numpy")
 CHECKSUMS = "checksums.json"
 
 log = logging.getLogger(__name__)
@@ -88,11 +86,11 @@ class Run:
     def metrics(self, *, kind: str | None = None) -> pd.DataFrame:
         """One row for each logged step and each episode; ``kind`` "step" or "episode" takes only those."""
         rows = _read_rows(self.path / "metrics.jsonl")
-        return _frame([row for row in rows if kind in (None, row["kind"])])
+        return pd.DataFrame([row for row in rows if kind in (None, row["kind"])])
 
     def evaluations(self) -> pd.DataFrame:
         """Rows of (episode, dataset, measure, value)."""
-        return _frame(_read_rows(self.path / "evaluation.jsonl"))
+        return pd.DataFrame(_read_rows(self.path / "evaluation.jsonl"))
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoint folders, oldest first."""
@@ -177,16 +175,9 @@ class Run:
 def pairs_of(run: Run) -> Pairs:
     """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
     config = run.config
-    return open_pairs(
-        run.path.parent / "shapes" if config.table == "shapes" else run.path,
-        config.table,
-        image_root=config.image_root,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        where=config.where,
-        dataset_size=config.dataset_size,
-        max_bad_share=config.max_bad_share,
-    )
+    names = ("image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share")
+    folder = run.path.parent / "shapes" if config.table == "shapes" else run.path
+    return open_pairs(folder, config.table, **{name: getattr(config, name) for name in names})
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -212,8 +203,6 @@ def compare(runs: Sequence[str | Path], output: str | Path = "", measures: Seque
     Raises:
         ValueError: a run without evaluations.
     """
-    import pandas as pd
-
     rows, opened = [], [Run(run) for run in runs]
     for run in opened:
         found = run.evaluations()
@@ -248,14 +237,10 @@ class Comparison:
 
     def curves(self) -> pd.DataFrame:
         """Episode metrics of the runs, one after the other, told apart by column "run"."""
-        import pandas as pd
-
         return pd.concat([run.metrics(kind="episode").assign(run=run.path.name) for run in self.runs])
 
     def settings(self) -> pd.DataFrame:
         """A row for each setting in which the runs differ, a column for each run."""
-        import pandas as pd
-
         table = pd.DataFrame({run.path.name: run.config.model_dump(mode="json") for run in self.runs}).astype(str)
         return table[table.nunique(axis=1) > 1].drop(index="run", errors="ignore")
 
@@ -276,12 +261,6 @@ def _read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _frame(rows: list[dict]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(rows)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -291,21 +270,15 @@ def _sha256(path: Path) -> str:
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     source = Path(__file__).parent
     commit = _git(source, "rev-parse", "HEAD")
     if commit:
-        (path / "uncommitted.diff").write_text(_git(source, "diff", "HEAD") or "")
+        (path / "uncommitted.diff").write_text(_git(source, "diff", "HEAD") or "", "utf-8")
     return {
         "python": sys.version,
         "platform": platform.platform(),
-        "packages": versions,
-        "commit": (commit or "").strip() or None,
+        "packages": {found.name: found.version for found in importlib.metadata.distributions()},
+        "commit": commit and commit.strip(),
         "command": sys.argv,
     }
 

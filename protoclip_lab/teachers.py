@@ -85,10 +85,8 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
         ``out``, for :func:`load`.
     """
     out = Path(out)
-    if out.suffix != ".npy":
-        raise ValueError(f"teacher features go to a .npy file, got {out}: let the name end in .npy")
-    if kind not in _LIBRARIES:
-        raise ValueError(f"kind of teacher {kind!r}: write 'text' or 'image'")
+    if out.suffix != ".npy" or kind not in _LIBRARIES:
+        raise ValueError(f"{kind!r} teacher to {out}: the kind is 'text' or 'image', the file's name ends in .npy")
     if kind == "text":
         items, index = _distinct(pairs.captions)
     else:
@@ -105,7 +103,9 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
         "distinct": len(items),
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]},
     }
-    raw_path, state_path, writing = (out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing"))
+    raw_path, state_path, writing = (
+        out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing.npy")
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
     done = state.pop("done", 0)
@@ -121,8 +121,8 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
         raw.flush()
         done += len(block)
         write_json(state_path, {**about, "done": done})
-    features, share = _reduce(raw, index, dim, writing)
-    features.flush()
+    features, share = _reduce(raw, index, dim)
+    np.save(writing, features)
     out.with_suffix(".json").unlink(missing_ok=True)
     writing.replace(out)
     write_json(out.with_suffix(".json"), {**about, "dimension": features.shape[1], "explained_variance": share})
@@ -140,24 +140,19 @@ def teach(
     dim: int | None = 64,
     pooling: str = "mean",
     batch_size: int = 128,
-    image_root: str | Path = "",
-    image_column: str = "filepath",
-    caption_column: str = "title",
-    where: dict[str, Any] | None = None,
-    dataset_size: int | None = None,
+    **data: Any,
 ) -> tuple[Path, Any]:
     """Teacher features of a table as ``output/teacher.npy``: :func:`build` on its pairs.
 
     Args:
-        image_root and the rest: how to open the table, see :func:`protoclip_lab.data.source.open_pairs`.
+        data: how to open the table, see :func:`protoclip_lab.data.source.open_pairs`.
 
     Returns:
         The file, and the pairs it belongs to.
     """
     output = Path(output)
     folder = output.parent / "shapes" if table == "shapes" else output
-    columns = {"image_column": image_column, "caption_column": caption_column, "where": where}
-    pairs = open_pairs(folder, table, image_root=image_root, dataset_size=dataset_size, **columns)
+    pairs = open_pairs(folder, table, **data)
     options = {"pooling": pooling} if kind == "text" else {}
     path = build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options)
     return path, pairs
@@ -287,34 +282,21 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], np.ndarr
     return encode, batch_size
 
 
-def _reduce(raw, index, dim: int | None, path: Path | None = None) -> tuple[np.ndarray, float]:
-    """PCA of ``raw[index]`` without ever holding it: (features (N, dim) in memory or at ``path``, variance share)."""
-    shape = (len(index), dim or raw.shape[1])
-    mean, components, share = 0, None, 1.0
-    if dim is not None:
-        if not 1 <= dim <= min(len(index), raw.shape[1]):
-            raise ValueError(
-                f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim, or None to keep all"
-            )
-        mean, components, share = _principal_components(raw, np.bincount(index, minlength=len(raw)), dim)
-    features = open_memmap(path, "w+", np.float32, shape) if path else np.empty(shape, np.float32)
-    for start in range(0, len(index), _BLOCK):
-        rows = raw[index[start : start + _BLOCK]]
-        features[start : start + _BLOCK] = rows if components is None else (rows - mean) @ components
-    return features, share
-
-
-def _principal_components(raw: np.ndarray, counts: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """(mean (D,), components (D, dim), explained share) of rows that occur ``counts`` times each, in float64."""
-    blocks = [slice(start, start + _BLOCK) for start in range(0, len(raw), _BLOCK)]
-    mean = sum(counts[b] @ raw[b].astype(np.float64) for b in blocks) / counts.sum()
-    scatter = sum(((raw[b] - mean).T * counts[b]) @ (raw[b] - mean) for b in blocks)
+def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> tuple[np.ndarray, float]:
+    """PCA of ``raw[index]`` in float64, without ever holding that: (features (N, dim) float32, share of variance)."""
+    if dim is None:
+        return raw[index], 1.0
+    if not 1 <= dim <= min(len(index), raw.shape[1]):
+        raise ValueError(f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim, or None to keep all")
+    blocks = [index[start : start + _BLOCK] for start in range(0, len(index), _BLOCK)]
+    mean = sum(raw[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(index)
+    scatter = sum((raw[b] - mean).T @ (raw[b] - mean) for b in blocks)
     variances, vectors = np.linalg.eigh(scatter)
-    variances, components = variances[::-1].clip(min=0), vectors[:, ::-1][:, :dim]
+    components = vectors[:, ::-1][:, :dim]
     # An eigenvector is defined up to its sign: its largest entry is made positive.
-    largest = components[np.abs(components).argmax(axis=0), np.arange(dim)]
-    share = variances[:dim].sum() / variances.sum() if variances.any() else 1.0
-    return mean, components * np.sign(largest), float(share)
+    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
+    share = variances[-dim:].sum() / variances.sum() if scatter.any() else 1.0
+    return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks]), float(share)
 
 
 def _normalised(features: torch.Tensor) -> np.ndarray:

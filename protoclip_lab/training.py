@@ -221,12 +221,9 @@ class _Trainer:
         )
         row: dict[str, Any] = {}
         for name, found in clusters.items():
-            sizes = found.sizes.float()
-            row[f"clusters/{name}/empty"] = int((found.sizes == 0).sum())
-            row[f"clusters/{name}/smallest"] = int(found.sizes.min())
-            row[f"clusters/{name}/median_size"] = float(sizes.median())
-            row[f"clusters/{name}/largest"] = int(found.sizes.max())
-            row[f"clusters/{name}/objective"] = found.objective
+            sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
+            sizes |= {"empty": (found.sizes == 0).sum(), "objective": found.objective}
+            row |= {f"clusters/{name}/{key}": float(value) for key, value in sizes.items()}
             teacher, k = name.rsplit("_", 1)
             if (old := before.get((teacher, int(k)))) is not None:
                 from sklearn.metrics import normalized_mutual_info_score
@@ -245,7 +242,7 @@ class _Trainer:
         visual = self.bare.clip.visual
         if not any(p.requires_grad for p in visual.parameters()):
             visual.eval()  # locked means locked: BatchNorm statistics too
-        spread = _Spread()
+        moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], dtype=torch.float64, device=self.device)
         losses: dict[str, float] = defaultdict(float)
         reading = self.reader.read(stretches, transform="train", purpose="learn", episode=episode)
         for index, (images, tokens) in enumerate(self._on_device(reading)):
@@ -256,7 +253,8 @@ class _Trainer:
             positions = torch.arange(index * width, (index + 1) * width, device=self.device)
             batch = _Batch(images, tokens, stretches[index], positions, step)
             outputs, parts, norm = self._step(batch, records)
-            spread.add(outputs)
+            z = torch.stack([outputs.image, outputs.text]).detach().double()
+            moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
             for name, value in parts.items():
                 losses[name] += value / self.steps
@@ -268,7 +266,7 @@ class _Trainer:
                 if self.bare.logit_scale_proto is not None:
                     row["scale_proto"] = float(self.bare.logit_scale_proto.detach().exp())
                 self._record(row)
-        return losses | spread.measures()
+        return losses | _spread(moments)
 
     def _step(self, batch: "_Batch", records: list[Prototypes]) -> tuple[Outputs, dict[str, Tensor], Tensor]:
         config = self.config
@@ -476,25 +474,11 @@ def _still_statistics(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-class _Spread:
-    """Modality gap and feature std over an episode's own training features."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: Any = 0.0
-        self.squares: Any = 0.0
-
-    def add(self, outputs: Outputs) -> None:
-        z = torch.stack([outputs.image.detach(), outputs.text.detach()]).double()
-        self.count += z.shape[1]
-        self.sums = self.sums + z.sum(dim=1)
-        self.squares = self.squares + z.square().sum(dim=1)
-
-    def measures(self) -> dict[str, float]:
-        mean = self.sums / self.count
-        std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt().mean(dim=1)
-        gap = (mean[0] - mean[1]).norm()
-        return {"gap": float(gap), "image_std": float(std[0]), "text_std": float(std[1])}
+def _spread(moments: Tensor) -> dict[str, float]:
+    """Modality gap and feature std from first and second moments of z_I and z_T, (2, 2, embed)."""
+    mean, square = moments
+    std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+    return {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
 
 
 class _Timer:

@@ -16,11 +16,8 @@ def open_pairs(
     image_size: int = 64,
     seed: int = 0,
     image_root: str | Path = "",
-    image_column: str = "filepath",
-    caption_column: str = "title",
     where: Mapping[str, Any] | None = None,
-    dataset_size: int | None = None,
-    max_bad_share: float = 0.05,
+    **columns: Any,
 ) -> Pairs:
     """The pairs of a table, prepared in ``output/pairs`` unless they are already.
 
@@ -29,19 +26,10 @@ def open_pairs(
         table: for :func:`protoclip_lab.data.pairs.prepare`; the word "shapes" draws the embedded world into
             ``output`` and takes its training split.
         size, image_size, seed: of that world.
-        image_root and the rest: as for ``prepare``.
+        image_root, where, columns: the other arguments of ``prepare``.
     """
     output = Path(output)
     if table == "shapes":
         table = shapes.write(output, size, seed=seed, image_size=image_size)
         image_root, where = table.with_name("images.tar"), where or {"split": "train"}
-    return prepare(
-        table,
-        output / "pairs",
-        image_root=image_root,
-        image_column=image_column,
-        caption_column=caption_column,
-        where=where,
-        dataset_size=dataset_size,
-        max_bad_share=max_bad_share,
-    )
+    return prepare(table, output / "pairs", image_root=image_root, where=where, **columns)

@@ -16,7 +16,6 @@ A recipe maps steps, in the order they run, to the parameters of their notebooks
 ``runs`` where a notebook has them. Names are checked before anything runs.
 """
 
-import ast
 import contextlib
 import csv
 import hashlib
@@ -25,12 +24,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -38,14 +36,15 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader
+from tqdm import tqdm
 
-from protoclip_lab import __version__
 from protoclip_lab.config import TrainConfig, nearest_name
+from protoclip_lab.storage import write_json, write_text
 
 TRAIN = "03_train"
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ["common", "arms", "grid"]
-REFERENCE = re.compile(r"{([\w:.-]+)}")
+REFERENCE = re.compile(r'("?){([\w:.-]+)}\1')  # in JSON: with its quotes where it is the whole text
 
 
 class RecipeError(ValueError):
@@ -79,15 +78,14 @@ class Step:
         """step.json: what was asked of this step, written first; that it finished, written last."""
         return self.output / "step.json"
 
-    @property
-    def executed(self) -> Path:
-        """The notebook with its outputs."""
-        return self.output / self.notebook.name
+    def recorded(self) -> dict[str, Any]:
+        """What step.json says, empty where there is none."""
+        return json.loads(self.record.read_text("utf-8")) if self.record.exists() else {}
 
     @property
-    def page(self) -> Path:
-        """The executed notebook as HTML."""
-        return self.executed.with_suffix(".html")
+    def executed(self) -> Path:
+        """The notebook with its outputs; beside it lies the same as ``.html``."""
+        return self.output / self.notebook.name
 
 
 # ---------------------------------------------------------------- reading a recipe
@@ -116,19 +114,17 @@ def read_yaml(text: str) -> Any:
         raise RecipeError(f"not YAML: {error}") from error
 
 
-def _check(names: Sequence[str], valid: Sequence[str], where: str) -> None:
+def _check(names: Iterable[str], valid: Collection[str], where: str) -> None:
     for name in names:
-        if name in valid:
-            continue
-        same_ending = [v for v in valid if v.endswith(f".{name}")]
-        hint = f"; did you mean {nearest_name(name, same_ending or valid)}?" if valid else ""
-        raise RecipeError(f"{where}: unknown name {name!r}{hint}")
+        if name not in valid:
+            hint = f"; did you mean {nearest_name(name, valid)}?" if valid else ""
+            raise RecipeError(f"{where}: unknown name {name!r}{hint}")
 
 
-def _cells(notebook: Path, kind: str) -> list[tuple[str, list[str]]]:
-    """(source, tags) of each cell of one type: ``code`` or ``markdown``."""
+def _cells(notebook: Path, *kinds: str) -> list[tuple[str, list[str]]]:
+    """(source, tags) of each cell of these types: ``code``, ``markdown``."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
-    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == kind]
+    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] in kinds]
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
@@ -136,121 +132,69 @@ def notebook_parameters(notebook: Path) -> list[str]:
 
     Read without papermill, whose import alone takes the second in which a mistyped name should be refused.
     """
-    bodies = [ast.parse(source).body for source, tags in _cells(notebook, "code") if "parameters" in tags]
-    statements = itertools.chain.from_iterable(bodies)
-    targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
-    return [t.id for t in targets if isinstance(t, ast.Name)]
+    sources = [source for source, tags in _cells(notebook, "code") if "parameters" in tags]
+    return re.findall(r"^(\w+)\s*(?::[^=\n]*)?=", "\n".join(sources), re.MULTILINE)
 
 
-def project_root() -> Path:
-    """The folder that holds ``notebooks/``: the current one, else the checkout this package belongs to."""
-    return Path.cwd() if Path("notebooks").is_dir() else Path(__file__).resolve().parents[1]
-
-
-def find_recipe(recipe: str | Path, root: Path) -> Path:
-    """A path as given, or the bare name of a recipe in ``notebooks/recipes``."""
-    known = {p.stem: p for p in sorted((root / "notebooks" / "recipes").glob("*.yaml"))}
-    if Path(recipe).is_file():
-        return Path(recipe)
-    _check([str(recipe)], list(known), "recipe")
-    return known[str(recipe)]
-
-
-def _sections(step: str, given: Any) -> dict[str, dict[str, Any]]:
-    """A step's entry as common, arms and grid; only 03_train has the last two."""
+def _sections(step: str, given: Any) -> tuple[dict, dict, dict]:
+    """A step's entry as common, arms and grid."""
     given = dict(given or {})
-    if step.partition(":")[0] != TRAIN:
-        return {"common": given, "arms": {"": {}}, "grid": {}}
-    arms = {str(arm): dict(values or {}) for arm, values in (given.pop("arms", None) or {"": {}}).items()}
-    grid = dict(given.pop("grid", None) or {})
+    common, arms, grid = (dict(given.pop(section, None) or {}) for section in SECTIONS)
     for axis, values in grid.items():
         if not isinstance(values, list) or not values:
             raise RecipeError(f"{step}: grid.{axis} is {values!r}; an axis is a list of values, such as [{values}]")
-    return {"common": {**(given.pop("common", None) or {}), **given}, "arms": arms, "grid": grid}
+    return common | given, {str(arm): dict(arms[arm] or {}) for arm in arms}, grid
 
 
-def _override(override: str, own: dict[str, Any], steps: dict[str, dict], names: dict[str, list[str]]) -> None:
+def _override(override: str, own: dict[str, Any], steps: dict[str, tuple], names: dict[str, list[str]]) -> None:
     """Put one ``name=value`` where it belongs: the recipe's own parameters, a step's, an arm's or the grid's."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"-p {override}: write it as name=value")
-    places = {
-        ".".join(filter(None, place)): place
-        for step, section in steps.items()
-        for place in itertools.product([step], ["", *section["arms"]], names[step])
-    }
-    _check([key], [*own, *places], "-p")
-    value = read_yaml(text)
-    if key in own:
-        own[key] = value
-        return
-    step, arm, name = places[key]
-    section = steps[step]
-    taken = [a for a, values in section["arms"].items() if name in values]
-    if name in section["grid"]:
-        section["grid"][name] = value if isinstance(value, list) else [value]
-    elif arm:
-        section["arms"][arm][name] = value
-    elif taken:
-        raise RecipeError(f"-p {override}: arm {taken[0]} sets {name} itself; write -p {step}.{taken[0]}.{name}={text}")
-    else:
-        section["common"][name] = value
+    places = dict.fromkeys(own, own)
+    for step, (common, arms, grid) in steps.items():
+        for name in names[step]:
+            places[f"{step}.{name}"] = grid if name in grid else common
+            places |= {f"{step}.{arm}.{name}": values for arm, values in arms.items() if name not in grid}
+    _check([key], places, "-p")
+    step, _, name = key.rpartition(".")
+    for arm, values in (steps[step][1] if step in steps else {}).items():
+        if name in values:
+            raise RecipeError(f"-p {override}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={text}")
+    places[key][name] = read_yaml(text)
 
 
-def _resolve(value: Any, known: Mapping[str, Any], used: set[str]) -> Any:
-    """``value`` with each known ``{name}`` put in and noted in ``used``; other braces ("a photo of a {}.") stay."""
-    if isinstance(value, dict):
-        return {key: _resolve(v, known, used) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_resolve(v, known, used) for v in value]
-    if not isinstance(value, str):
-        return value
-    references = REFERENCE.findall(value)
-    _check([r for r in references if re.match(r"\d\d_", r)], list(known), f"{value!r} names no earlier step")
-    used.update(r for r in references if r in known)
-    whole = REFERENCE.fullmatch(value)
-    if whole and whole[1] in known:
-        return known[whole[1]]
-    return REFERENCE.sub(lambda match: str(known.get(match[1], match[0])), value)
+def _resolve(parameters: dict[str, Any], known: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
+    """Parameters with each known ``{name}`` put in, and those names; other braces ("a photo of a {}.") stay."""
+    text = json.dumps(parameters, default=str)
+    used = {name for _, name in REFERENCE.findall(text)}
+    _check([name for name in used if re.match(r"\d\d_", name)], known, f"{where}: a parameter names no earlier step")
+
+    def put(match: re.Match) -> str:
+        if match[2] not in known:
+            return match[0]
+        return json.dumps(known[match[2]]) if match[1] else json.dumps(str(known[match[2]]))[1:-1]
+
+    return json.loads(REFERENCE.sub(put, text)), used
 
 
-def _own_parameters(own: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """The recipe's own parameters; those left null come from the environment variable of the same name."""
-    known: dict[str, Any] = {}
-    for name, value in own.items():
-        value = os.environ.get(name.upper()) if value is None else value
-        if value is None:
-            raise RecipeError(f"recipe {recipe} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
-        known[name] = _resolve(value, known, set())
-    return known
-
-
-def _variants(section: dict[str, dict]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, parameters) of each arm at each point of the grid."""
-    for arm, values in section["arms"].items():
-        for point in itertools.product(*section["grid"].values()):
-            axes = dict(zip(section["grid"], point, strict=True))
-            name = "_".join([arm, *(f"{axis}={value}" for axis, value in axes.items())]).strip("_")
-            yield re.sub(r"[^\w.=,+-]+", "-", name) or "run", {**section["common"], **values, **axes}
-
-
-def _check_settings(parameters: dict[str, Any], where: str) -> None:
-    """Refuse out-of-range settings of a training now, not after the steps before it."""
-    try:
-        TrainConfig(**{name: value for name, value in parameters.items() if name in TrainConfig.model_fields})
-    except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _uses(common: dict, has: list[str], planned: list[Step]) -> list[tuple[str, dict, list[Step]]]:
-    """(run's name, parameters, steps read) for each time a step other than 03_train is executed."""
+def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple[str, dict, list[Step]]]:
+    """(name, parameters, steps read) for each time a notebook runs: arms x grid x, where it takes one run, runs."""
+    common, arms, grid = section
     runs = [s for s in planned if s.notebook.stem == TRAIN]
-    if runs and "run" in has and "run" not in common:
-        return [(run.output.name, {"run": str(run.output), **common}, [run]) for run in runs]
-    if runs and "runs" in has and "runs" not in common:
-        made_from_runs = [s for s in planned if s in runs or set(runs) & set(s.upstream)]
-        return [("", {"runs": [str(run.output) for run in runs], **common}, made_from_runs)]
-    return [("", common, [])]
+    axes = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
+    for arm, point in itertools.product(arms or [""], itertools.product(*axes.values())):
+        point = dict(zip(axes, point, strict=True))
+        name = "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())]))
+        name = re.sub(r"[^\w.=,+-]+", "-", name)
+        given = {**common, **arms.get(arm, {}), **point}
+        if runs and "run" in has and "run" not in given:
+            yield from ((f"{name}/{run.output.name}", {"run": str(run.output), **given}, [run]) for run in runs)
+        elif runs and "runs" in has and "runs" not in given:
+            made_from_runs = [s for s in planned if s in runs or set(runs) & set(s.upstream)]
+            yield name, {"runs": [str(run.output) for run in runs], **given}, made_from_runs
+        else:
+            yield name, given, []
 
 
 def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None) -> tuple[list[Step], Path]:
@@ -266,150 +210,88 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
         RecipeError: an unknown recipe, notebook, step, arm or parameter, with the nearest valid one; a recipe
             parameter left without a value.
     """
-    root = project_root()
-    path = find_recipe(recipe, root)
+    # the current folder's notebooks, else those of the checkout this package belongs to
+    home = (Path.cwd() if Path("notebooks").is_dir() else Path(__file__).resolve().parents[1]) / "notebooks"
+    known_recipes = {p.stem: p for p in sorted((home / "recipes").glob("*.yaml"))}
+    if not Path(recipe).is_file():
+        _check([str(recipe)], known_recipes, "recipe")
+    path = known_recipes.get(str(recipe), Path(recipe))
     document = read_yaml(path.read_text("utf-8"))
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: a recipe is a mapping from steps to their parameters")
     own = dict(document.pop("parameters", None) or {})
-    notebooks = {p.stem: p for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))}
+    notebooks = {p.stem: p for p in sorted(home.glob("[0-9]*.ipynb"))}
     _check([step.partition(":")[0] for step in document], [*notebooks, "parameters"], path.name)
 
     steps = {step: _sections(step, given) for step, given in document.items()}
     sources = {step: notebooks[step.partition(":")[0]] for step in steps}
-    has = {step: notebook_parameters(source) for step, source in sources.items()}
-    settable = {s: [n for n in has[s] if n != "output" and (n != "run" or sources[s].stem != TRAIN)] for s in steps}
-    for step, section in steps.items():
-        for part, given in {"common": section["common"], "grid": section["grid"], **section["arms"]}.items():
-            _check(list(given), [*settable[step], *SECTIONS], f"{path.name}: {step}.{part}".removesuffix(".common"))
+    folder_of = {step: "run" if source.stem == TRAIN else "output" for step, source in sources.items()}
+    has = {step: [n for n in notebook_parameters(sources[step]) if n != folder_of[step]] for step in steps}
+    for step, (common, arms, grid) in steps.items():
+        for part, given in {"common": common, "grid": grid, **arms}.items():
+            _check(given, has[step] + SECTIONS, f"{path.name}: {step}.{part}".removesuffix(".common"))
     for override in overrides:
-        _override(override, own, steps, settable)
-    known = _own_parameters(own, path.stem)
+        _override(override, own, steps, has)
+    known = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
+    for name in known:
+        if known[name] is None:
+            raise RecipeError(f"recipe {path.stem} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
 
-    out = Path(out or root / "reports" / path.stem).resolve()
+    out = Path(out or home.parent / "reports" / path.stem).resolve()
     planned: list[Step] = []
     for step, section in steps.items():
-        folder = out / step.replace(":", "_")
-        if sources[step].stem == TRAIN:
-            uses = [(run, {"run": str(folder / run), **given}, []) for run, given in _variants(section)]
-        else:
-            uses = _uses(section["common"], has[step], planned)
-        for run, given, read in uses:
-            name = f"{step}/{run}".rstrip("/")
-            if any(s.output == folder / run for s in planned):
-                raise RecipeError(f"{path.name}: two runs would both write to {folder / run}; rename one")
-            used: set[str] = set()
-            parameters = {"output": str(folder / run), **_resolve(given, known, used)}
-            parameters = {n: value for n, value in parameters.items() if n in has[step]}
-            if sources[step].stem == TRAIN:
-                _check_settings(parameters, f"{path.name}: {name}")
+        for use, given, read in _uses(section, has[step], planned):
+            use = use.strip("/") or ("run" if folder_of[step] == "run" else "")
+            name, output = f"{step}/{use}".rstrip("/"), out / step.replace(":", "_") / use
+            if any(s.output == output for s in planned):
+                raise RecipeError(f"{path.name}: two runs would both write to {output}; rename one")
+            parameters, used = _resolve({folder_of[step]: str(output), **given}, known, f"{path.name}: {name}")
+            if folder_of[step] == "run":
+                try:  # now, not after the steps before it
+                    TrainConfig(**parameters)
+                except ValueError as error:
+                    raise RecipeError(f"{path.name}: {name}: {error}") from error
             upstream = [s for s in planned if s in read or s.name.partition("/")[0] in used]
-            planned.append(Step(name, sources[step], folder / run, parameters, upstream))
-        known[step] = str(folder)
+            planned.append(Step(name, sources[step], output, parameters, upstream))
+        known[step] = str(out / step.replace(":", "_"))
     return planned, out
 
 
 # ---------------------------------------------------------------- running it
 
 
-def _digests(step: Step) -> tuple[str, str]:
-    """What a step is given (parameters, upstream records), and that together with its notebook's code."""
-    given = [step.parameters, [upstream.record.read_text("utf-8") for upstream in step.upstream]]
-    texts = [json.dumps(given, sort_keys=True, default=str), json.dumps(_cells(step.notebook, "code"))]
-    return tuple(hashlib.sha256("".join(texts[:n]).encode()).hexdigest() for n in (1, 2))
+def _tick(bar: tqdm) -> None:
+    """Redraw each second, so that the clock of a long cell runs."""
+    while not bar.disable:
+        time.sleep(1)
+        bar.refresh()
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
-
-
-def _finished(step: Step, inputs: str, code: str) -> str | None:
-    """When the step was finished as it is asked for now, if it was.
-
-    A folder made with other inputs is moved aside, never deleted: it may hold days of training. One whose notebook
-    alone was edited is kept, so that 03_train takes up its run.
-    """
-    if not step.record.exists():
-        return None
-    record = json.loads(step.record.read_text("utf-8"))
-    if record["inputs"] == inputs:
-        return record["finished"] if record["code"] == code else None
-    aside = (step.output.with_name(f"{step.output.name}.old-{n}") for n in itertools.count(1))
-    step.output.rename(next(path for path in aside if not path.exists()))
-    return None
-
-
-class _Line:
-    """``[2/7] 03_train/clip  cell 4/9  0:01:23``: redrawn each second on a terminal, begun and ended in a log."""
-
-    def __init__(self, title: str, cells: int) -> None:
-        self.title, self.cells, self.cell, self.start = title, cells, 0, time.monotonic()
-        self.live, self.over = sys.stderr.isatty(), threading.Event()
-        self.thread = threading.Thread(target=self._tick, daemon=True)
-
-    def _tick(self) -> None:
-        while self.live and not self.over.wait(1):
-            self.draw(f"cell {self.cell}/{self.cells}")
-
-    def seconds(self) -> int:
-        return round(time.monotonic() - self.start)
-
-    def draw(self, state: str, end: str = "") -> None:
-        text = f"{self.title}  {state}  {timedelta(seconds=self.seconds())}"
-        columns = shutil.get_terminal_size().columns - 1 if self.live else None
-        print("\r\x1b[K" * self.live + text[:columns], end=end, file=sys.stderr, flush=True)
-
-    def on_cell(self, cell: Any, cell_index: int) -> None:
-        """nbclient's hook."""
-        self.cell = cell_index + 1
-
-    def __enter__(self) -> "_Line":
-        self.draw("starts", end="" if self.live else "\n")
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.draw("done" if kind is None else f"stopped in cell {self.cell}/{self.cells}", end="\n")
-
-
-def _execute(step: Step, line: _Line) -> None:
+def _execute(step: Step, bar: tqdm) -> None:
     """Run the notebook in a kernel of this interpreter, whatever kernels are registered under its name."""
     import papermill
     from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client import AsyncKernelManager, kernelspec
     from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
 
     class Kernel(AsyncKernelManager):
         # what a kernel logs would break the live line; what a notebook prints is in the executed notebook
-        kernel_spec = KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=50"]))
+        kernel_spec = kernelspec.KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=50"]))
 
+    def on_cell(cell: Any, cell_index: int) -> None:
+        bar.n = cell_index + 1
+
+    options = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "on_cell_start": on_cell}
+    options |= {"progress_bar": False, "cwd": step.notebook.parents[1]}
     where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}"
     try:
-        papermill.execute_notebook(
-            step.notebook,
-            step.executed,
-            step.parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            cwd=step.notebook.parents[1],
-            kernel_manager_class=Kernel,
-            on_cell_start=line.on_cell,
-        )
-    except PapermillExecutionError as error:
-        first = error.source.strip().partition("\n")[0]
-        cell = f"cell {error.cell_index + 1} of {line.cells} (In [{error.exec_count}]: {first})"
-        raise StepFailed(f"{step.name} failed in {cell}\n  {error.ename}: {error.evalue}{where}") from None
+        papermill.execute_notebook(step.notebook, step.executed, step.parameters, **options)
+    except papermill.exceptions.PapermillExecutionError as error:
+        what = f"(In [{error.exec_count}]: {error.source.strip().splitlines()[0]})\n  {error.ename}: {error.evalue}"
+        raise StepFailed(f"{step.name} failed in cell {bar.n} of {bar.total} {what}{where}") from None
     except DeadKernelError:
-        cell = f"cell {line.cell} of {line.cells}"
-        raise StepFailed(f"{step.name}: the kernel died in {cell}; was there enough memory?{where}") from None
+        where = f"cell {bar.n} of {bar.total}; was there enough memory?{where}"
+        raise StepFailed(f"{step.name}: the kernel died in {where}") from None
 
 
 def _write_page(step: Step) -> None:
@@ -417,47 +299,59 @@ def _write_page(step: Step) -> None:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(extra_template_paths=[str(TEMPLATES)], template_file="page.html.j2", embed_images=True)
-    _write(step.page, exporter.from_filename(step.executed)[0])
+    write_text(step.executed.with_suffix(".html"), exporter.from_filename(step.executed)[0])
 
 
-def _run_step(step: Step, count: str) -> None:
-    """Execute one step unless it stands finished; its record is written first and last."""
-    inputs, code = _digests(step)
-    done = _finished(step, inputs, code)
-    if done:
-        print(f"{count} {step.name}  unchanged since {done[:19]}; delete its folder to run it again", file=sys.stderr)
+def _run_step(step: Step, title: str) -> None:
+    """Execute one step unless it stands finished; its record is written first and last.
+
+    A folder made with other inputs (parameters, upstream records) is moved aside, never deleted: it may hold days of
+    training. One whose notebook alone was edited is kept, so that 03_train takes up its run.
+    """
+    given = [step.parameters, [upstream.record.read_text("utf-8") for upstream in step.upstream]]
+    texts = [json.dumps(given, sort_keys=True, default=str), json.dumps(_cells(step.notebook, "code"))]
+    inputs, code = (hashlib.sha256("".join(texts[:n]).encode()).hexdigest() for n in (1, 2))
+    record, found = {"step": step.name, "inputs": inputs, "code": code, "finished": None}, step.recorded()
+    if found and found["inputs"] != inputs:
+        aside = (step.output.with_name(f"{step.output.name}.old-{n}") for n in itertools.count(1))
+        step.output.rename(next(path for path in aside if not path.exists()))
+    elif found and found["code"] == code and found["finished"]:
+        print(f"{title}  unchanged since {found['finished'][:19]}; delete its folder to run it again", file=sys.stderr)
         return
-    record = {"step": step.name, "inputs": inputs, "code": code, "version": __version__, "finished": None}
-    _write(step.record, json.dumps(record, indent=1))
-    cells = len(json.loads(step.notebook.read_text("utf-8"))["cells"]) + bool(step.parameters)
-    with _Line(f"{count} {step.name}", cells) as line:
-        _execute(step, line)
+    step.output.mkdir(parents=True, exist_ok=True)
+    write_json(step.record, record)
+    start, cells = time.monotonic(), _cells(step.notebook, "code", "markdown")
+    shape = "{desc}  cell {n}/{total}  {elapsed}"
+    with tqdm(desc=title, total=len(cells) + 1, bar_format=shape, dynamic_ncols=True, disable=None) as bar:
+        threading.Thread(target=_tick, args=[bar], daemon=True).start()
+        if bar.disable:  # a log
+            print(f"{title}  starts  0:00:00", file=sys.stderr, flush=True)
+        _execute(step, bar)
         _write_page(step)
-        record |= {"finished": datetime.now().isoformat(" "), "seconds": line.seconds()}
-        _write(step.record, json.dumps(record, indent=1))
+        record |= {"finished": datetime.now().isoformat(" "), "seconds": round(time.monotonic() - start)}
+        write_json(step.record, record)
+        if bar.disable:
+            print(f"{title}  done  {timedelta(seconds=record['seconds'])}", file=sys.stderr, flush=True)
 
 
-def _write_index(name: str, steps: list[Step], out: Path) -> Path:
+def _write_index(name: str, steps: list[Step], out: Path) -> None:
     """One page over the whole recipe: headline table, pictures side by side over the runs, links to the steps."""
-    groups, table = [], []
-    for key, group in itertools.groupby(steps, key=lambda s: s.name.partition("/")[0]):
-        uses, pictures = [], {}
-        for step in group:
-            record = json.loads(step.record.read_text("utf-8")) if step.record.exists() else {}
-            label, where = step.name[len(key) + 1 :], step.output.relative_to(out)
-            page = where / step.page.name if step.page.exists() else None
-            uses.append({"label": label, "page": page, "parameters": step.parameters, **record})
-            for picture in sorted((step.output / "figures").glob("*.png")):
-                pictures.setdefault(picture.stem, []).append((label, where / "figures" / picture.name))
-            comparison = step.output / "comparison.csv"
-            if comparison.exists():
-                table = list(csv.reader(comparison.read_text("utf-8").splitlines()))
-        headings = [source for source, _ in _cells(step.notebook, "markdown") if source.startswith("# ")]
-        title = headings[0].partition("\n")[0].lstrip("# ") if headings else key
-        groups.append({"key": key, "title": title, "uses": uses, "pictures": pictures})
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    _write(out / "index.html", environment.get_template("index.html.j2").render(name=name, groups=groups, table=table))
-    return out / "index.html"
+    groups, table = {}, []
+    for step in steps:
+        (key, _, label), where = step.name.partition("/"), step.output.relative_to(out)
+        title = _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ")
+        group = groups.setdefault(key, {"key": key, "title": title, "uses": [], "pictures": {}})
+        page = step.executed.with_suffix(".html")
+        page = page.relative_to(out) if page.exists() else None
+        group["uses"].append({"label": label, "page": page, "parameters": step.parameters, **step.recorded()})
+        for picture in sorted((step.output / "figures").glob("*.png")):
+            group["pictures"].setdefault(picture.stem, []).append((label, where / "figures" / picture.name))
+        comparison = step.output / "comparison.csv"
+        if comparison.exists():
+            table = list(csv.reader(comparison.read_text("utf-8").splitlines()))
+    template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "index.html", template.render(name=name, groups=list(groups.values()), table=table))
 
 
 @contextlib.contextmanager
@@ -465,24 +359,19 @@ def _no_orphans() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into KeyboardInterrupt(signal); leave no kernel nor child of one behind."""
     import psutil
 
-    children: list[psutil.Process] = []
-
     def stop(signum: int, frame: Any) -> None:
         for caught in previous:
             signal.signal(caught, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut the clean-up short
         logging.getLogger("asyncio").disabled = True  # it would report each task that waited for the kernel
-        children.extend(psutil.Process().children(recursive=True))
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         raise KeyboardInterrupt(signum)
 
-    previous = {caught: signal.getsignal(caught) for caught in (signal.SIGINT, signal.SIGTERM)}
-    for caught in previous:
-        signal.signal(caught, stop)
+    previous = {caught: signal.signal(caught, stop) for caught in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
         for caught, handler in previous.items():
             signal.signal(caught, handler)
 
@@ -502,7 +391,7 @@ def run(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | Non
     with _no_orphans():
         try:
             for number, step in enumerate(steps, 1):
-                _run_step(step, f"[{number}/{len(steps)}]")
+                _run_step(step, f"[{number}/{len(steps)}] {step.name}")
         finally:
-            index = _write_index(Path(recipe).stem, steps, out)
-    return index
+            _write_index(Path(recipe).stem, steps, out)
+    return out / "index.html"

@@ -149,7 +149,7 @@ def _faiss_kmeans(
 def _torch_kmeans(
     features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    best = None
+    found = []
     for restart in range(restarts):
         generator = torch_generator(seed, "kmeans", restart)
         if init is None:
@@ -158,14 +158,11 @@ def _torch_kmeans(
             centroids = init.to(features)
         for _ in range(iterations):
             labels = nearest(features, centroids)
-            centroids = _split_empty(
-                back_translate(labels, features, k), torch.bincount(labels, minlength=k), generator
-            )
+            sizes = torch.bincount(labels, minlength=k)
+            centroids = _split_empty(back_translate(labels, features, k), sizes, generator)
         labels = nearest(features, centroids)
-        objective = _objective(features, labels, centroids)
-        if best is None or objective < best[0]:
-            best = (objective, labels, centroids)
-    return best[1], best[2]
+        found.append((labels, centroids))
+    return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))
 
 
 def _split_empty(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -52,7 +56,7 @@ class TwoTowers(nn.Module):
         self.clip = clip
         self.model_cfg = model_cfg
         self.tokenizer = tokenizer
-        self.eval_transform = _transform(clip)
+        self.eval_transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
         self.head_cfg = heads
         self.image_head = projection_head(**heads) if heads else None
         self.text_head = projection_head(**heads) if heads else None
@@ -98,8 +102,6 @@ def create(config: TrainConfig) -> TwoTowers:
     Raises:
         ValueError: unknown model (the nearest name is given), or an image tower that cannot be partly locked.
     """
-    import open_clip
-
     # Our own small configurations, known to open_clip by name.
     open_clip.add_model_config(Path(__file__).parent / "model_configs")
     cfg = open_clip.get_model_config(config.model)
@@ -132,14 +134,18 @@ def create(config: TrainConfig) -> TwoTowers:
             heads = {"width": cfg["embed_dim"], **sizes}
         model = TwoTowers(clip, cfg, _tokenizer(cfg, config.model), heads)
     if config.lock_image:
-        _lock_image(clip, config)
+        groups = config.lock_image_unlocked_groups
+        if groups and isinstance(clip.visual, ModifiedResNet):
+            raise ValueError(
+                f"lock_image_unlocked_groups = {groups}: open_clip locks the image tower of {config.model!r} only as a "
+                "whole; the nearest valid value is 0, or take a ViT"
+            )
+        clip.lock_image_tower(unlocked_groups=groups, freeze_bn_stats=config.lock_image_freeze_bn)
     return model
 
 
 def save(model: TwoTowers, folder: Path) -> None:
     """Write towers (as open_clip reads them), tokenizer and heads into ``folder``; :func:`load` reads them back."""
-    from open_clip.push_to_hf_hub import save_config_for_hf
-
     save_config_for_hf(model.clip, folder / "open_clip_config.json", model.model_cfg)
     save_model(model.clip, str(folder / WEIGHTS))
     if "hf_model_name" in model.model_cfg["text_cfg"]:
@@ -242,8 +248,6 @@ class _Transformed(torch.utils.data.Dataset):
 
 
 def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:
-    import open_clip
-
     if pretrained and os.path.isdir(pretrained):
         weights = Path(pretrained) / WEIGHTS
         if not weights.exists():
@@ -262,31 +266,11 @@ def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:
 
 
 def _tokenizer(cfg: dict, name: str) -> Callable:
-    import open_clip
-
     text = cfg["text_cfg"]
     length = text.get("context_length", 77)
     if "hf_tokenizer_name" in text and not name.startswith("local-dir:"):
         return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length)
     return open_clip.get_tokenizer(name, context_length=length)
-
-
-def _transform(clip: nn.Module) -> Callable:
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    return image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
-
-
-def _lock_image(clip: nn.Module, config: TrainConfig) -> None:
-    try:
-        clip.lock_image_tower(
-            unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=config.lock_image_freeze_bn
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"lock_image_unlocked_groups = {config.lock_image_unlocked_groups}: open_clip can lock the image tower of "
-            f"{config.model!r} only as a whole; the nearest valid value is 0, or take a ViT"
-        ) from error
 
 
 def _load_heads(model: TwoTowers, folder: Path) -> None:

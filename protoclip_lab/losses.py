@@ -106,8 +106,6 @@ def expected_prototypes(
     """
     if len(teacher_centroids) != len(centroids):
         raise ValueError(f"{len(teacher_centroids)} teacher centroids but {len(centroids)} student prototypes")
-    if occupied is not None and not occupied.any():
-        raise ValueError("no cluster is occupied: there is nothing to teach")
     if temperature <= 0:
         return centroids
     teacher, student = _at_least_float32(teacher_centroids, centroids)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,11 +79,9 @@ def construct(
     teachers: Sequence[Teacher],
     *,
     seed: int,
-    iterations: int = 20,
-    restarts: int = 1,
-    engine: str = "auto",
     back_translation: bool = True,
     mask_empty: bool = True,
+    **kmeans: Any,
 ) -> tuple[list[Prototypes], dict[str, Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -95,6 +94,7 @@ def construct(
         seed: of this episode's clustering; each teacher and k draws its own.
         back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
         mask_empty: keep empty clusters out of both softmaxes.
+        kmeans: iterations, restarts and engine of :func:`protoclip_lab.clustering.kmeans`.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
@@ -111,14 +111,8 @@ def construct(
             )
         students = [s for s in STUDENTS if s != teacher.name]
         for k in teacher.ks:
-            found = clustering.kmeans(
-                features[teacher.name],
-                k,
-                iterations=iterations,
-                restarts=restarts,
-                seed=derive(seed, "clusters of", teacher.name, k),
-                engine=engine,
-            )
+            own_seed = derive(seed, "clusters of", teacher.name, k)
+            found = clustering.kmeans(features[teacher.name], k, seed=own_seed, **kmeans)
             clusters[f"{teacher.name}_{k}"] = found
             occupied = found.sizes > 0 if mask_empty else None
             for student in students:
@@ -126,12 +120,8 @@ def construct(
                 if back_translation:
                     centroids = clustering.back_translate(found.labels, features[student], k)
                 targets = losses.expected_prototypes(found.centroids, centroids, teacher.temperature, occupied=occupied)
-                weight = teacher.weight / len(teacher.ks)
-                records.append(
-                    Prototypes(
-                        student, teacher.name, found.labels, found.centroids, centroids, targets, occupied, weight
-                    )
-                )
+                made = (found.labels, found.centroids, centroids, targets, occupied)
+                records.append(Prototypes(student, teacher.name, *made, teacher.weight / len(teacher.ks)))
     return records, clusters
 
 

@@ -124,11 +124,8 @@ class Run:
 
     def record_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep evaluation rows; a measure taken again takes the place of what it found before."""
-
-        def key(row: Mapping[str, Any]) -> tuple:
-            return row["episode"], row["dataset"], row["measure"]
-
-        known = {key(row): row for row in [*_read_rows(self.path / "evaluation.jsonl"), *rows]}
+        rows = [*_read_rows(self.path / "evaluation.jsonl"), *rows]
+        known = {(row["episode"], row["dataset"], row["measure"]): row for row in rows}
         write_text(self.path / "evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in known.values()))
 
     def truncate(self, episode: int) -> None:

@@ -55,11 +55,6 @@ class Snapshot:
         """:func:`protoclip_lab.evaluation.modality_gap` of the sample."""
         return modality_gap(self.features.image, self.features.text)
 
-    @property
-    def has_prototypes(self) -> bool:
-        """Whether the checkpoint has prototypes of its own; else k-means on the sample stands in."""
-        return bool(prototypes.load(self.checkpoint))
-
     def prototypes(self, modality: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
         """Each sample's prototype in one modality, the prototypes and the features they live among.
 
@@ -94,7 +89,7 @@ class Snapshot:
         assigned, centroids, features = self.prototypes(modality)
         xy, _ = plots.embed(features.numpy(), method=self.method, seed=self.seed, limit=len(features))
         options = {"method": self.method, "seed": self.seed}
-        kind = "prototype" if self.has_prototypes else "k-means cluster"
+        kind = "prototype" if prototypes.load(self.checkpoint) else "k-means cluster"
         names = [f"{kind} {i}" for i in range(len(centroids))]
         maps = {"prototypes": plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)}
         for label in self.labels:

@@ -30,6 +30,8 @@ _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **options) -> np.ndarray:
     """Features of captions by a pretrained text model, L2-normalised and then reduced by PCA.
 
+    Computed on a GPU if there is one.
+
     Args:
         captions: N strings; each distinct one is embedded once.
         model: name on the Hugging Face hub or a local folder, of a sentence-transformers or a transformers model.
@@ -38,7 +40,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
         pooling: "mean" (default) averages the real tokens; a sentence-transformers model keeps the pooling it was
             trained with. "mean_padded" averages all 77 positions, filled up with token 0 and attended to, as the
             authors' code does; unlike there, a caption that is too long keeps its end token.
-        batch_size: 128 captions unless told otherwise; on a GPU if there is one.
+        batch_size: 128 captions unless told otherwise.
         progress: False hides the progress bar.
 
     Returns:
@@ -132,27 +134,19 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
 
 
 def teach(
-    output: str | Path,
-    table: str = "shapes",
-    *,
-    model: str,
-    kind: str = "text",
-    dim: int | None = 64,
-    pooling: str = "mean",
-    batch_size: int = 128,
-    **data: Any,
+    output: str | Path, table="shapes", *, model: str, kind="text", dim=64, pooling="mean", batch_size=128, **data
 ) -> tuple[Path, Any]:
     """Teacher features of a table as ``output/teacher.npy``: :func:`build` on its pairs.
 
     Args:
+        model, kind, dim, pooling, batch_size: as for :func:`build`; pooling is for text alone.
         data: how to open the table, see :func:`protoclip_lab.data.source.open_pairs`.
 
     Returns:
         The file, and the pairs it belongs to.
     """
     output = Path(output)
-    folder = output.parent / "shapes" if table == "shapes" else output
-    pairs = open_pairs(folder, table, **data)
+    pairs = open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
     options = {"pooling": pooling} if kind == "text" else {}
     path = build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options)
     return path, pairs
@@ -170,8 +164,7 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     try:
         about, features = json.loads(about_path.read_text("utf-8")), open_memmap(path, mode="r")
     except FileNotFoundError as error:
-        lost = f"{error.filename} is missing, so they were moved or never finished"
-        raise FileNotFoundError(f"{name}: {lost}. {again}.") from error
+        raise FileNotFoundError(f"{name}: {error.filename} is missing: moved, or never finished. {again}.") from error
     except ValueError as error:
         raise ValueError(f"{name} are truncated or no plain .npy array ({error}). {again}.") from error
     promised = (about["rows"], about["dimension"])

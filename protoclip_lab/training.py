@@ -369,13 +369,9 @@ class _Trainer:
         config = self.config
         image_end = config.lit_start_episode - 1 if config.lit_start_episode is not None else config.episodes
         image = learning_rate(step, config.lr, 0, image_end * self.steps, config.warmup_steps)
-        rest = learning_rate(
-            step,
-            config.lr if config.text_lr is None else config.text_lr,
-            (config.text_start_episode - 1) * self.steps,
-            (config.text_end_episode or config.episodes) * self.steps,
-            config.warmup_steps,
-        )
+        base = config.lr if config.text_lr is None else config.text_lr
+        start, end = config.text_start_episode - 1, config.text_end_episode or config.episodes
+        rest = learning_rate(step, base, start * self.steps, end * self.steps, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = image if group["tower"] == "image" else rest
         return {"lr/image": image, "lr/rest": rest}
@@ -395,15 +391,12 @@ class _Trainer:
             self.run.append("evaluation.jsonl", {"episode": episode, **row})
 
     def _draw(self, episode: int) -> None:
-        from protoclip_lab import plots
-        from protoclip_lab.evaluation import modality_gap
+        from protoclip_lab.snapshot import Snapshot
 
         rows = np.arange(min(DRAWN, len(self.pairs)))
-        image, text, _, _ = encoders.encode_pairs(self.bare, self.pairs, rows)
-        xy, _ = plots.embed(torch.cat([image, text]).numpy(), method="pca", seed=self.config.seed)
-        is_text = np.arange(len(xy)) >= len(image)
-        figure = plots.joint_map(xy, is_text, gap=modality_gap(image, text)["gap"], method="pca", seed=self.config.seed)
-        keep(figure, self.run.path, f"joint_episode_{episode:04d}")
+        features = encoders.encode_pairs(self.bare, self.pairs, rows)
+        seen = Snapshot(self.run, self.run.path, self.pairs, rows, features, self.config.seed, "pca", ())
+        keep(seen.joint_map(), self.run.path, f"joint_episode_{episode:04d}")
 
     # --- state
 

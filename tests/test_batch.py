@@ -251,7 +251,7 @@ def executed(lab: Path, monkeypatch: pytest.MonkeyPatch):
         shutil.copy(notebook, executed)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
-    monkeypatch.setattr(batch, "_write_page", lambda step: step.page.write_text(""))
+    monkeypatch.setattr(batch, "_write_page", lambda step: step.executed.with_suffix(".html").write_text(""))
 
     def run(*overrides: str) -> list[str]:
         (lab / "log.txt").write_text("")
@@ -401,7 +401,7 @@ def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_
     step = batch.Step("01_prepare_data", Path("01_prepare_data.ipynb"), tmp_path)
     nbformat.write(notebook, step.executed)
     batch._write_page(step)
-    assert Requests(step.page.read_text()).hosts() == []
+    assert Requests(step.executed.with_suffix(".html").read_text()).hosts() == []
 
 
 def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(

@@ -16,7 +16,8 @@ FLOORS = [
     {"data", "losses", "clustering", "plots"},
     {"prototypes", "encoders", "teachers", "runs", "batch"},
     {"evaluation"},
-    {"training", "snapshot", "explorer"},
+    {"snapshot"},
+    {"training", "explorer"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -50,7 +51,7 @@ def code_lines(path):
     source = path.read_text("utf-8")
     documented = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines = set()

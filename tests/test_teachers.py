@@ -27,6 +27,9 @@ class Table:
     def __len__(self):
         return len(self.captions)
 
+    def column(self, name):
+        return [f"{name} {i}" for i in self.image_ids]
+
     def image(self, i):
         self.read.append(i)
         return self.images[self.image_ids[i]]

@@ -43,7 +43,7 @@ _PLACES = {"top": (0, -1), "centre": (0, 0), "bottom": (0, 1), "corner": (1, 1),
 
 
 def _outlines():
-    """Names and outlines, as complex numbers (x right, y down), the box around each centred, the farthest point at 1."""
+    """Names and outlines: complex numbers (x right, y down), the box around each centred, the farthest point at 1."""
     t = 2 * np.pi * np.arange(72) / 72
     turn = np.exp(1j * t)
     arm = np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j])

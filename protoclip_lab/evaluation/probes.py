@@ -13,16 +13,15 @@ from protoclip_lab.randomness import numpy_generator
 # L2 strengths to choose from, strongest first, so that each fit starts from the one before it.
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PATIENCE = 2  # strengths in a row without a better one that end the search
-HELD_OUT = 0.2  # share of each class of train on which the strength is chosen
 
 
 def linear_probe(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: int = 0) -> dict[str, float]:
     """Multinomial logistic regression on standardised features, counted on test.
 
     Minimises ``mean cross-entropy + strength/2 · ‖W‖²`` (the intercept is free) by L-BFGS in float32. The strength
-    is chosen by accuracy on a stratified fifth of train, then all of train is fitted; test takes no part, not even
-    in mean and standard deviation. On N rows scikit-learn's C is ``1 / (N · strength)``, twice that for
-    two classes.
+    is chosen by accuracy on a stratified fifth of train (the strongest of equals), then all of train is fitted; test
+    takes no part, not even in mean and standard deviation. On N rows scikit-learn's C is ``1 / (N · strength)``,
+    twice that for two classes.
 
     Args:
         train_x, test_x: (N, d), (M, d).
@@ -44,12 +43,18 @@ def linear_probe(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: 
     # A rotation changes neither the penalty nor the predictions, and spares the solver correlated features.
     axes = torch.linalg.eigh(x.T @ x)[1]
     x, test_x = x @ axes, (test_x - mean) / scale @ axes
-    held_out = _stratified(y, seed)
-    fit, held = torch.from_numpy(~held_out).to(x.device), torch.from_numpy(held_out).to(x.device)
-    y = torch.from_numpy(y).to(x.device)
-    strength, start = _choose_strength(x[fit], y[fit], x[held], y[held], len(classes))
-    weights = _fit(x, y, len(classes), strength, start, iterations=500, tolerance=1e-5)
-    return {**_accuracy(classes[_predict(test_x, weights).cpu().numpy()], test_y), "strength": strength}
+    held, y = (torch.from_numpy(values).to(x.device) for values in (_stratified(y, seed), y))
+    fit_x, fit_y, held_x, held_y = x[~held], y[~held], x[held], y[held]
+    scores, weights = [], x.new_zeros(len(classes), x.shape[1] + 1)
+    for strength in STRENGTHS:
+        weights = _fit(fit_x, fit_y, strength, weights, iterations=50, tolerance=1e-4)
+        scores.append(int((_logits(held_x, weights).argmax(dim=1) == held_y).sum()))
+        if len(scores) - 1 - np.argmax(scores) == PATIENCE:
+            break
+    strength = STRENGTHS[np.argmax(scores)]
+    weights = _fit(x, y, strength, weights, iterations=500, tolerance=1e-5)
+    predicted = classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()]
+    return {**_accuracy(predicted, test_y), "strength": strength}
 
 
 def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20) -> dict[str, float]:
@@ -83,27 +88,8 @@ def _stratified(y: np.ndarray, seed: int) -> np.ndarray:
     held_out = np.zeros(len(y), dtype=bool)
     order = numpy_generator(seed, "linear probe").permutation(len(y))
     for members in np.split(order[np.argsort(y[order], kind="stable")], np.cumsum(np.bincount(y))[:-1]):
-        held_out[members[: int(np.ceil(HELD_OUT * (len(members) - 1)))]] = True
+        held_out[members[: (len(members) + 3) // 5]] = True
     return held_out
-
-
-def _choose_strength(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, classes: int) -> tuple[float, Tensor | None]:
-    """The strength with the highest accuracy on the held-out rows (the strongest of equals), and its weights."""
-    if len(held_x) == 0:
-        return STRENGTHS[len(STRENGTHS) // 2], None
-    best, weights, waited = (-1, None, None), None, 0
-    for strength in STRENGTHS:
-        weights = _fit(x, y, classes, strength, weights, iterations=50, tolerance=1e-4)
-        correct = int((_predict(held_x, weights) == held_y).sum())
-        waited = 0 if correct > best[0] else waited + 1
-        if waited == PATIENCE:
-            break
-        best = (correct, strength, weights) if waited == 0 else best
-    return best[1], best[2]
-
-
-def _predict(x: Tensor, weights: Tensor) -> Tensor:
-    return _logits(x, weights).argmax(dim=1)
 
 
 def _logits(x: Tensor, weights: Tensor) -> Tensor:
@@ -111,16 +97,12 @@ def _logits(x: Tensor, weights: Tensor) -> Tensor:
     return torch.addmm(weights[:, -1:], weights[:, :-1], x.T).T
 
 
-def _fit(
-    x: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None, *, iterations: int, tolerance: float
-) -> Tensor:
+def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: int, tolerance: float) -> Tensor:
     """Weights (C, d + 1) of the regression, the intercept in the last column. Expects ``x`` in principal axes."""
     # There the curvature is near diag(variance)/C + strength. Steps of that length take L-BFGS to the minimum in a
     # half to a quarter of the iterations.
-    step = (x.square().mean(dim=0) / classes + strength).rsqrt()
-    step = torch.cat([step, step.new_ones(1)])
-    weights = x.new_zeros(classes, len(step)) if start is None else start / step
-    weights.requires_grad_()
+    step = F.pad((x.square().mean(dim=0) / len(start) + strength).rsqrt(), (0, 1), value=1)
+    weights = (start / step).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe"
     )
@@ -128,8 +110,7 @@ def _fit(
     def objective() -> Tensor:
         optimizer.zero_grad()
         scaled = weights * step
-        loss = F.cross_entropy(_logits(x, scaled), y)
-        loss = loss + strength / 2 * scaled[:, :-1].square().sum()
+        loss = F.cross_entropy(_logits(x, scaled), y) + strength / 2 * scaled[:, :-1].square().sum()
         loss.backward()
         return loss
 

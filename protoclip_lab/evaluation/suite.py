@@ -6,38 +6,32 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+import pandas as pd
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from protoclip_lab import encoders
 from protoclip_lab.config import Settings, nearest_name
 from protoclip_lab.data import downstream, shapes
-from protoclip_lab.data.downstream import ImageFiles, Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, prepare
 from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
 from protoclip_lab.runs import Run, pairs_of
 
-if TYPE_CHECKING:
-    import pandas as pd
+log = logging.getLogger(__name__)
 
-CLASSES = "classes (images, or a table with label)"
-TRAIN = "train_images or train_where"
-CAPTIONS = "a table of captions"
-# Each measure and what it needs of a set.
-MEASURES = {
-    "zero_shot": (CLASSES,),
-    "linear_probe": (CLASSES, TRAIN),
-    "knn": (CLASSES, TRAIN),
-    "grouping": (CLASSES,),
-    "retrieval": (CAPTIONS,),
-    "gap": (CAPTIONS,),
+MEASURES = ("zero_shot", "linear_probe", "knn", "grouping", "retrieval", "gap")
+# What a set must have for some of them.
+NEEDS = {
+    "classes (images, or a table with label)": ("zero_shot", "linear_probe", "knn", "grouping"),
+    "train_images or train_where": ("linear_probe", "knn"),
+    "a table of captions": ("retrieval", "gap"),
 }
 TABLE_ONLY = ("image_root", "where", "train_where", "label")
 
@@ -59,49 +53,29 @@ class EvaluationSet(Settings):
     templates: list[str] | str = Field(["a photo of a {}."], description="prompts with {}, or a known set's name")
     measures: list[str] = Field(default_factory=list, description="what to measure; empty takes all that apply")
 
-    @field_validator("templates")
-    @classmethod
-    def _known_templates(cls, templates: list[str] | str) -> list[str]:
-        return downstream.templates(templates)
-
-    @field_validator("classes")
-    @classmethod
-    def _known_classes(cls, classes: list[str] | str) -> list[str] | str:
-        # A file is read with the images: one that is missing is reported with them.
-        is_file = isinstance(classes, str) and Path(classes).suffix
-        return classes if is_file or not classes else downstream.class_names(classes)
-
     @model_validator(mode="after")
-    def _measures_apply(self) -> EvaluationSet:
+    def _fit_together(self) -> EvaluationSet:
+        self.templates = downstream.templates(self.templates)
+        # A file is read with the images: one that is missing is reported with them.
+        if self.classes and not (isinstance(self.classes, str) and Path(self.classes).suffix):
+            self.classes = downstream.class_names(self.classes)
         if bool(self.images) == bool(self.table):
             raise ValueError(f"evaluation set {self.name!r} needs images or a table, one of the two")
         stray = [name for name in (TABLE_ONLY if self.images else ("train_images",)) if getattr(self, name)]
         if stray:
             other = "a table" if self.images else "images"
             raise ValueError(f"{stray} of evaluation set {self.name!r} are for a set with {other}")
-        has = {CLASSES: self.images or self.label, TRAIN: self.train_images or self.train_where, CAPTIONS: self.table}
-        lacks = {measure: [need for need in needs if not has[need]] for measure, needs in MEASURES.items()}
+        has = (self.images or self.label, self.train_images or self.train_where, self.table)
+        wanting = [need for need, found in zip(NEEDS, has, strict=True) if not found]
+        lacks = {measure: [need for need in wanting if measure in NEEDS[need]] for measure in MEASURES}
         for measure in self.measures:
             if measure not in MEASURES:
                 near = nearest_name(measure, MEASURES)
                 raise ValueError(f"unknown measure {measure!r} of {self.name!r}; the nearest valid name is {near!r}")
             if lacks[measure]:
-                needs = " and ".join(lacks[measure])
-                raise ValueError(f"measure {measure!r} of evaluation set {self.name!r} needs {needs}")
+                raise ValueError(f"measure {measure!r} of {self.name!r} needs {' and '.join(lacks[measure])}")
         self.measures = self.measures or [measure for measure in MEASURES if not lacks[measure]]
         return self
-
-
-class Results(list):
-    """Rows {"dataset", "measure", "value"}.
-
-    Attributes:
-        missing: {"dataset", "reason"} of each set whose files are not there.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.missing: list[dict[str, str]] = []
 
 
 def evaluate(
@@ -111,9 +85,8 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 0,
     seed: int = 0,
-    progress: bool = True,
     folder: str | Path | None = None,
-) -> Results:
+) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
     Args:
@@ -122,120 +95,86 @@ def evaluate(
 
     Returns:
         Rows such as ``{"dataset": "cifar10", "measure": "zero_shot_top1", "value": 31.4}``. A set with a missing
-        path gives none: it is logged, and listed in ``.missing``.
+        path gives none: a warning is logged that names it.
 
     Raises:
         ValueError: a setting or data that do not fit; all sets are opened before the first image is encoded.
     """
     sets = [EvaluationSet.model_validate(given) for given in sets]
-    names = [given.name for given in sets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"evaluation sets need a name each, these are {names}")
-    results = Results()
-    encoder = _Encoder(model, batch_size, workers, progress)
+    if len({given.name for given in sets}) < len(sets):
+        raise ValueError(f"evaluation sets need a name each, these are {[given.name for given in sets]}")
+    texts = partial(encoders.encode_texts, model, batch_size=batch_size)
+    images = partial(encoders.encode_images, model, batch_size=batch_size, workers=workers)
+    known: dict[str, Tensor] = {}
+
+    def features(items: downstream.ImageFiles | downstream.PairImages | Pairs) -> Tensor:
+        """Of images, or of the captions of pairs."""
+        if items.fingerprint not in known:
+            known[items.fingerprint] = texts(items.captions) if isinstance(items, Pairs) else images(items)
+        return known[items.fingerprint]
+
     with tempfile.TemporaryDirectory() as temporary:
-        opened = []
-        for given in sets:
-            missing = _missing_paths(given)
-            if missing:
-                reason = f"not there: {', '.join(map(str, missing))}. Put the data there or correct the path"
-                logging.getLogger(__name__).warning("evaluation set %s is left out: %s", given.name, reason)
-                results.missing.append({"dataset": given.name, "reason": reason})
-            else:
-                opened.append((given, *_open(given, Path(folder or temporary), progress)))
-        todo = [(measure, *of_set) for of_set in opened for measure in of_set[0].measures]
-        bar = tqdm(todo, disable=not progress, mininterval=2, unit="measure")
-        for measure, given, images, test, train in bar:
-            bar.set_description(f"{given.name}: {measure}")
-            for key, value in _measure(measure, images, test, train, given.templates, encoder, seed).items():
+        opened = [_Opened(given, Path(folder or temporary)) for given in sets if _is_there(given)]
+        todo = [(data, measure) for data in opened for measure in data.given.measures]
+        rows = []
+        for data, measure in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
+            for key, value in data.measure(measure, features, texts, seed).items():
                 name = key if key == measure else f"{measure}_{key}"
-                results.append({"dataset": given.name, "measure": name, "value": value})
-    return results
+                rows.append({"dataset": data.given.name, "measure": name, "value": value})
+    return rows
 
 
-@dataclass
-class _Encoder:
-    model: encoders.TwoTowers
-    batch_size: int
-    workers: int
-    progress: bool
-    known: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-
-    def images(self, images: ImageFiles | PairImages) -> Tensor:
-        key = ("images", images.fingerprint)
-        if key not in self.known:
-            options = {"batch_size": self.batch_size, "workers": self.workers, "progress": self.progress}
-            self.known[key] = encoders.encode_images(self.model, images, **options)
-        return self.known[key]
-
-    def captions(self, pairs: Pairs) -> Tensor:
-        key = ("captions", pairs.fingerprint)
-        if key not in self.known:
-            self.known[key] = self.texts(pairs.captions)
-        return self.known[key]
-
-    def texts(self, texts: list[str]) -> Tensor:
-        return encoders.encode_texts(self.model, texts, batch_size=self.batch_size, progress=self.progress)
+def _is_there(given: EvaluationSet) -> bool:
+    paths = (given.images, given.train_images, given.table, given.image_root, given.classes)
+    named = [Path(path).absolute() for path in paths if path and isinstance(path, str)]
+    missing = ", ".join(str(path) for path in named if not path.exists())
+    if missing:
+        log.warning("evaluation set %s is left out, put its data there or correct the path: %s", given.name, missing)
+    return not missing
 
 
-def _missing_paths(given: EvaluationSet) -> list[Path]:
-    classes = given.classes if isinstance(given.classes, str) else ""
-    paths = (given.images, given.train_images, given.table, given.image_root, classes)
-    return [Path(path).absolute() for path in paths if path and not Path(path).exists()]
+class _Opened:
+    """The images of a set; where it has them, the same with classes, and those to fit probes on."""
 
+    def __init__(self, given: EvaluationSet, folder: Path) -> None:
+        self.given, self.folder = given, folder
+        self.test = self.train = None
+        if given.images:
+            self.test = downstream.from_classes(given.images, given.classes or None)
+            self.images = self.test.images
+            self.train = downstream.from_classes(given.train_images) if given.train_images else None
+        else:
+            pairs = self._prepare(given.where)
+            self.images = downstream.PairImages(pairs)
+            if given.label:
+                self.test = downstream.from_pairs(pairs, given.label, given.classes or None)
+            if given.label and given.train_where:
+                self.train = downstream.from_pairs(self._prepare(given.train_where), given.label)
+        if self.train and not self.train.images.paths.isdisjoint(self.images.paths):
+            raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
 
-def _open(
-    given: EvaluationSet, folder: Path, progress: bool
-) -> tuple[ImageFiles | PairImages, Labelled | None, Labelled | None]:
-    """The images, the same with classes, and those to fit probes on."""
-    test = train = None
-    if given.images:
-        test = downstream.from_classes(given.images, given.classes or None)
-        images = test.images
-        train = downstream.from_classes(given.train_images) if given.train_images else None
-    else:
-        pairs = _prepare(given, given.where, folder, progress)
-        images = PairImages(pairs)
-        if given.label:
-            test = downstream.from_pairs(pairs, given.label, given.classes or None)
-        if given.label and given.train_where:
-            train = downstream.from_pairs(_prepare(given, given.train_where, folder, progress), given.label)
-    if train and not train.images.paths.isdisjoint(images.paths):
-        raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
-    return images, test, train
+    def _prepare(self, where: dict[str, Any]) -> Pairs:
+        arguments = self.given.model_dump(include={"image_root", "image_column", "caption_column"}) | {"where": where}
+        # Sets that differ in their labels alone share a preparation.
+        key = hashlib.sha256(json.dumps([self.given.table, arguments], sort_keys=True).encode()).hexdigest()[:16]
+        return prepare(self.given.table, self.folder / key, **arguments)
 
-
-def _prepare(given: EvaluationSet, where: dict[str, Any], folder: Path, progress: bool) -> Pairs:
-    columns = {"image_column": given.image_column, "caption_column": given.caption_column}
-    arguments = {"image_root": given.image_root, "where": where, **columns}
-    # Sets that differ in their labels alone share a preparation.
-    key = hashlib.sha256(json.dumps([given.table, arguments], sort_keys=True).encode()).hexdigest()[:16]
-    return prepare(given.table, folder / key, progress=progress, **arguments)
-
-
-def _measure(
-    measure: str,
-    images: ImageFiles | PairImages,
-    test: Labelled | None,
-    train: Labelled | None,
-    templates: list[str],
-    encoder: _Encoder,
-    seed: int,
-) -> dict[str, float]:
-    image = encoder.images(images)
-    if measure == "zero_shot":
-        return prompts.zero_shot(image, prompts.classifier(encoder.texts, test.class_names, templates), test.labels)
-    if measure == "grouping":
-        return clusters.grouping(image, test.labels, seed=seed)
-    if measure == "retrieval":
-        return ranking.retrieval(image, encoder.captions(images.pairs), images.image_of_caption)
-    if measure == "gap":
-        return gap.modality_gap(image, encoder.captions(images.pairs), image_of_caption=images.image_of_caption)
-    # By name: train may lack a class, and then numbers them differently.
-    train_y, test_y = (np.array(part.classes)[part.labels] for part in (train, test))
-    if measure == "knn":
-        return probes.knn(encoder.images(train.images), train_y, image, test_y)
-    return probes.linear_probe(encoder.images(train.images), train_y, image, test_y, seed=seed)
+    def measure(self, measure: str, features: Callable, texts: Callable, seed: int) -> dict[str, float]:
+        image, images, test, train = features(self.images), self.images, self.test, self.train
+        if measure == "zero_shot":
+            weights = prompts.classifier(texts, test.class_names, self.given.templates)
+            return prompts.zero_shot(image, weights, test.labels)
+        if measure == "grouping":
+            return clusters.grouping(image, test.labels, seed=seed)
+        if measure == "retrieval":
+            return ranking.retrieval(image, features(images.pairs), images.image_of_caption)
+        if measure == "gap":
+            return gap.modality_gap(image, features(images.pairs), image_of_caption=images.image_of_caption)
+        # By name: train may lack a class, and then numbers them differently.
+        train_y, test_y = (np.array(part.classes)[part.labels] for part in (train, test))
+        if measure == "knn":
+            return probes.knn(features(train.images), train_y, image, test_y)
+        return probes.linear_probe(features(train.images), train_y, image, test_y, seed=seed)
 
 
 def default_sets(run: Run) -> list[dict[str, Any]]:
@@ -246,22 +185,17 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     """
     table = Path(pairs_of(run).source)
     if not table.with_name("shapes.json").exists():
-        raise ValueError(
-            f"{run.path} was not trained on the shapes world: name evaluation sets in the parameter `sets`"
-        )
+        raise ValueError(f"{run.path} was not trained on the shapes world: name what to evaluate on in `sets`")
     world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
-    factors = [
-        {"name": factor, "label": factor, "templates": list(shapes.PROMPTS[factor]), **world, **train}
-        for factor in shapes.FACTORS
-    ]
+    factors = [{"name": f, "label": f, "templates": f"shapes/{f}", **world, **train} for f in shapes.FACTORS]
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap"], **world}]
 
 
 def evaluate_run(
     run: str | Path,
+    output: str | Path,
     *,
-    output: str | Path = "",
     checkpoint: str | Path = "",
     sets: Sequence[dict[str, Any]] = (),
     batch_size: int = 256,
@@ -271,30 +205,22 @@ def evaluate_run(
     """Evaluate one checkpoint of a run and keep the rows in the run's ``evaluation.jsonl``.
 
     Args:
-        output: folder for ``evaluation.csv``; empty writes none.
+        output: folder for ``evaluation.csv`` and the prepared tables.
         checkpoint: empty takes the latest.
         sets: settings of :class:`EvaluationSet`; none takes :func:`default_sets`.
 
     Returns:
         A row for each data set and measure: episode, dataset, measure, value.
     """
-    import pandas as pd
-
     run = Run(run)
     checkpoint = run.checkpoint(checkpoint)
     episode = json.loads((checkpoint / "trainer.json").read_text())["episode"]
-    found = evaluate(
-        encoders.load(checkpoint),
-        sets or default_sets(run),
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        folder=Path(output) / "sets" if output else None,
-    )
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    options = {"batch_size": batch_size, "workers": workers, "seed": seed, "folder": output / "sets"}
+    found = evaluate(encoders.load(checkpoint).to(encoders.best_device()), sets or default_sets(run), **options)
     rows = [{"episode": episode, **row} for row in found]
     run.record_evaluations(rows)
     table = pd.DataFrame(rows, columns=["episode", "dataset", "measure", "value"])
-    if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        table.to_csv(Path(output) / "evaluation.csv", index=False)
+    table.to_csv(output / "evaluation.csv", index=False)
     return table

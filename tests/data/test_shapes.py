@@ -117,11 +117,11 @@ def test_factors_are_independent_of_each_other_and_of_what_the_caption_names(row
         assert chi2_contingency(table).pvalue > 1e-3, (one, other)
 
 
-def test_each_template_omits_a_factor_and_each_factor_is_named_by_a_third_of_them():
+def test_each_template_omits_a_factor_and_each_factor_is_named_by_a_quarter_of_them():
     for template in shapes.TEMPLATES:
         assert fields(template) < set(shapes.FACTORS), template
     for factor in shapes.FACTORS:
-        assert sum(factor in fields(template) for template in shapes.TEMPLATES) >= len(shapes.TEMPLATES) / 3, factor
+        assert sum(factor in fields(template) for template in shapes.TEMPLATES) >= len(shapes.TEMPLATES) / 4, factor
 
 
 def test_a_caption_names_the_true_values_of_its_template_and_nothing_else(rows):
@@ -181,7 +181,7 @@ def test_position_and_size_can_be_read_off_the_pixels_also_after_a_horizontal_fl
         image, row = shapes.draw(2, index, difficulty=0)
         assert place(image) == row["position"], (index, row)
         assert place(ImageOps.mirror(image)) == row["position"], (index, row)
-        assert (bounding_box(image)[2] > 0.36) == (row["size"] == "large"), (index, row)
+        assert (bounding_box(image)[2] > 0.44) == (row["size"] == "large"), (index, row)
         seen.add((row["position"], row["size"]))
     assert len(seen) == 10
 

@@ -42,7 +42,7 @@ def test_fit_reaches_the_minimum_of_the_stated_objective():
     train_x, train_y, _, _ = problem()
     x = torch.linalg.svd(torch.from_numpy(train_x - train_x.mean(axis=0)), full_matrices=False)
     x = x.U * x.S  # principal axes
-    weights = probes._fit(x, torch.from_numpy(train_y), 4, 1e-2, None, iterations=500, tolerance=1e-6)
+    weights = probes._fit(x, torch.from_numpy(train_y), 1e-2, torch.zeros(4, 13), iterations=500, tolerance=1e-6)
     model = LogisticRegression(C=1 / (len(x) * 1e-2), tol=1e-9, max_iter=9000).fit(x.double().numpy(), train_y)
     np.testing.assert_allclose(weights[:, :-1].numpy(), model.coef_, atol=2e-3)
 

@@ -3,9 +3,11 @@
 import logging
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import toy_settings, toy_table
 from PIL import Image
 from pydantic import ValidationError
 
@@ -14,6 +16,7 @@ from protoclip_lab.config import TrainConfig
 from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import prepare
 from protoclip_lab.evaluation import linear_probe, modality_gap, prompts, retrieval, suite, zero_shot
+from protoclip_lab.training import train
 
 
 def image_feature(image):
@@ -66,7 +69,7 @@ def values(rows, dataset):
 
 def test_labelled_images_get_the_measures_of_labels(encoded, folders):
     given = {"name": "colours", "images": str(folders / "test"), "train_images": str(folders / "train")}
-    found = values(suite.evaluate(None, [given], progress=False), "colours")
+    found = values(suite.evaluate(None, [given]), "colours")
     assert set(found) == {
         *(f"zero_shot_{key}" for key in ("top1", "top5", "mean_per_class")),
         *(f"linear_probe_{key}" for key in ("accuracy", "mean_per_class", "strength")),
@@ -87,7 +90,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
         "label": "colour",
         "templates": "shapes/colour",
     }
-    found = values(suite.evaluate(None, [given], progress=False, seed=4, folder=tmp_path), "world")
+    found = values(suite.evaluate(None, [given], seed=4, folder=tmp_path), "world")
     test, train = (
         prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split}, progress=False)
         for split in ("test", "train")
@@ -111,7 +114,7 @@ def test_image_with_several_captions_is_encoded_once(encoded, table, tmp_path):
     (tmp_path / "twice.tsv").write_text("\n".join([header, *rows[:5], *rows[:5]]) + "\n")
     root = str(table.with_name("images.tar"))
     given = {"name": "twice", "table": str(tmp_path / "twice.tsv"), "image_root": root, "where": {"split": "train"}}
-    found = values(suite.evaluate(None, [given], progress=False), "twice")
+    found = values(suite.evaluate(None, [given]), "twice")
     assert encoded == [("images", 5), ("texts", 10)]
     # Of two equal captions either will do for their image.
     assert found["retrieval_text_to_image_R@5"] == 100
@@ -122,14 +125,14 @@ def test_image_with_several_captions_is_encoded_once(encoded, table, tmp_path):
 def test_sets_on_the_same_images_share_their_features(encoded, table):
     common = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     sets = [{"name": label, "label": label, **common} for label in ("colour", "shape", "size")]
-    suite.evaluate(None, sets, progress=False)
+    suite.evaluate(None, sets)
     assert encoded.count(("images", 30)) == 1
     assert encoded.count(("texts", 30)) == 1
 
 
 def test_asked_measures_alone_are_taken(encoded, folders):
     given = suite.EvaluationSet(name="c", images=str(folders / "test"), measures=["grouping"])
-    rows = suite.evaluate(None, [given], progress=False)
+    rows = suite.evaluate(None, [given])
     assert {row["measure"] for row in rows} == {f"grouping_{key}" for key in ("ARI", "AMI", "NMI", "purity")}
 
 
@@ -140,10 +143,12 @@ def test_missing_path_is_reported_and_the_rest_goes_on(encoded, folders, tmp_pat
         {"name": "there", "images": str(folders / "test"), "measures": ["grouping"]},
     ]
     with caplog.at_level(logging.WARNING):
-        rows = suite.evaluate(None, sets, progress=False)
+        rows = suite.evaluate(None, sets)
     assert {row["dataset"] for row in rows} == {"there"}
-    assert [entry["dataset"] for entry in rows.missing] == ["gone", "no list"]
-    assert str(tmp_path / "gone.tar") in rows.missing[0]["reason"] and str(tmp_path / "gone.tar") in caplog.text
+    reported = [record.getMessage() for record in caplog.records]
+    assert len(reported) == 2
+    assert "set gone is" in reported[0] and str(tmp_path / "gone.tar") in reported[0]
+    assert "set no list is" in reported[1] and str(tmp_path / "classes.txt") in reported[1]
 
 
 @pytest.mark.parametrize(
@@ -175,15 +180,15 @@ def test_settings_survive_being_written_down(folders):
 def test_data_that_do_not_fit_stop_before_anything_is_encoded(encoded, folders, table):
     good = {"name": "good", "images": str(folders / "test")}
     with pytest.raises(ValueError, match="class name 0 is 'white'"):
-        suite.evaluate(None, [good, {**good, "name": "bad", "classes": ["white", "green", "red"]}], progress=False)
+        suite.evaluate(None, [good, {**good, "name": "bad", "classes": ["white", "green", "red"]}])
     with pytest.raises(ValueError, match="fit its probes on images it tests them on"):
-        suite.evaluate(None, [{**good, "train_images": good["images"]}], progress=False)
+        suite.evaluate(None, [{**good, "train_images": good["images"]}])
     world = {"name": "world", "table": str(table), "image_root": str(table.with_name("images.tar")), "label": "size"}
     with pytest.raises(ValueError, match="fit its probes on images it tests them on"):
         both = {"where": {"split": "test"}, "train_where": {"split": ["train", "test"]}}
-        suite.evaluate(None, [{**world, **both}], progress=False)
+        suite.evaluate(None, [{**world, **both}])
     with pytest.raises(ValueError, match="need a name each"):
-        suite.evaluate(None, [good, good], progress=False)
+        suite.evaluate(None, [good, good])
     assert encoded == []
 
 
@@ -194,5 +199,49 @@ def test_model_of_the_workbench_is_evaluated(folders, table):
         {"name": "colours", "images": str(folders / "test"), "train_images": str(folders / "train")},
         {"name": "world", "table": str(table), "image_root": root, "where": {"split": "test"}},
     ]
-    rows = suite.evaluate(model, sets, progress=False, batch_size=16)
+    rows = suite.evaluate(model, sets, batch_size=16)
     assert all(np.isfinite(row["value"]) for row in rows) and len(rows) == 12 + 13
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny CLIP run on the shapes world, with a checkpoint for each of its two episodes."""
+    folder = tmp_path_factory.mktemp("finished")
+    return train(toy_settings(toy_table(folder), folder / "run", objective="clip", episodes=2))
+
+
+def test_run_without_named_sets_is_evaluated_on_the_held_out_shapes(finished, tmp_path):
+    rows = suite.evaluate_run(finished.path, tmp_path)
+    assert set(rows["dataset"]) == {*shapes.FACTORS, "shapes"} and rows["episode"].eq(2).all()
+    per_factor = rows[rows["dataset"] == "shape"]["measure"]
+    assert {"zero_shot_top1", "linear_probe_accuracy", "grouping_AMI"} <= set(per_factor)
+    assert not rows.duplicated(["dataset", "measure"]).any() and np.isfinite(rows["value"]).all()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "evaluation.csv"), rows)
+    pd.testing.assert_frame_equal(finished.evaluations()[rows.columns], rows)
+    # Recall by hand, on the 16 held-out pictures of the 96.
+    model = encoders.load(finished.latest)
+    table = finished.path.parent / "shapes" / "captions.tsv"
+    root = table.with_name("images.tar")
+    held_out = prepare(table, tmp_path / "held_out", image_root=root, where={"split": "test"}, progress=False)
+    image, text, _, _ = encoders.encode_pairs(model, held_out, np.arange(16))
+    assert len(held_out) == 16
+    value = rows.set_index(["dataset", "measure"]).loc[("shapes", "retrieval_mean_recall"), "value"]
+    assert value == pytest.approx(retrieval(image, text, range(16))["mean_recall"])
+
+
+def test_named_checkpoint_and_sets_are_evaluated_and_rows_taken_again_replaced(finished, folders, tmp_path):
+    given = {"name": "colours", "images": str(folders / "test"), "measures": ["grouping"]}
+    first = finished.checkpoints()[0]
+    for _ in range(2):
+        rows = suite.evaluate_run(finished.path, tmp_path / "new" / "folder", checkpoint=first, sets=[given])
+    assert set(rows["dataset"]) == {"colours"} and rows["episode"].eq(1).all() and len(rows) == 4
+    kept = finished.evaluations()
+    assert len(kept[kept["dataset"] == "colours"]) == 4
+
+
+def test_default_sets_are_refused_for_a_run_on_another_table(finished, tmp_path):
+    for file in ("captions.tsv", "images.tar"):
+        (tmp_path / file).write_bytes((finished.path.parent / "shapes" / file).read_bytes())
+    other = train(toy_settings(tmp_path / "captions.tsv", tmp_path / "run", objective="clip", episodes=1))
+    with pytest.raises(ValueError, match="run was not trained on the shapes world: .* `sets`"):
+        suite.default_sets(other)

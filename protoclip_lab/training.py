@@ -27,9 +27,11 @@ from protoclip_lab.data.batches import Batches, Reader, augmentation
 from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.encoders import Outputs, TwoTowers
+from protoclip_lab.evaluation import suite
 from protoclip_lab.prototypes import Prototypes, Teacher
 from protoclip_lab.randomness import derive
 from protoclip_lab.runs import Run, keep, pairs_of
+from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
 
 # Pairs in the picture that `draw_every` makes.
@@ -134,12 +136,8 @@ class _Trainer:
         transforms = {"train": crop, "eval": model.eval_transform}
         batches = Batches(self.pairs, transforms, model.tokenizer, config.seed)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
-        self.sets = None
-        if config.evaluate_every:
-            from protoclip_lab.evaluation import suite
-
-            # Checked now: a mistyped set must not wait for the first evaluation to fail.
-            self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
+        # Checked now: a mistyped set must not wait for the first evaluation to fail.
+        self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
         if checkpoint is not None:
             self._restore(checkpoint)
         run.truncate(self.first - 1)
@@ -385,14 +383,10 @@ class _Trainer:
             )
 
     def _evaluate(self, episode: int) -> None:
-        from protoclip_lab.evaluation import suite
-
         for row in suite.evaluate(self.bare, self.sets, seed=self.config.seed, folder=self.run.path / "sets"):
             self.run.append("evaluation.jsonl", {"episode": episode, **row})
 
     def _draw(self, episode: int) -> None:
-        from protoclip_lab.snapshot import Snapshot
-
         rows = np.arange(min(DRAWN, len(self.pairs)))
         features = encoders.encode_pairs(self.bare, self.pairs, rows)
         seen = Snapshot(self.run, self.run.path, self.pairs, rows, features, self.config.seed, "pca", ())

@@ -47,19 +47,11 @@ class _Figure(Figure):
         return buffer.getvalue()
 
 
-def embed(
-    features: np.ndarray, *, method: str = "umap", seed: int = 0, limit: int = 5000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two coordinates for each of at most ``limit`` rows.
+def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0) -> np.ndarray:
+    """Two coordinates for each row: (N, d) -> (N, 2) float32.
 
     Args:
-        features: (N, d).
         method: "umap" | "tsne" | "pca", with the parameters of ``METHODS``.
-        limit: of more rows a random sample is taken.
-
-    Returns:
-        xy: (n, 2) float32.
-        kept: (n,) int64, the rows taken, in ascending order.
 
     Raises:
         ValueError: unknown method, or fewer than four rows.
@@ -69,22 +61,21 @@ def embed(
         raise ValueError(f"method {method!r}: it is one of {', '.join(METHODS)}")
     if len(features) < 4:
         raise ValueError(f"a map needs at least 4 points, got {len(features)}")
-    kept = np.sort(randomness.numpy_generator(seed, "map sample").permutation(len(features))[:limit])
-    points, seed = features[kept], randomness.derive(seed, "map") % 2**32
+    seed = randomness.derive(seed, "map") % 2**32
     if method == "pca":
         from sklearn.decomposition import PCA
 
-        return PCA(2, svd_solver="full").fit_transform(points).astype(np.float32), kept
+        return PCA(2, svd_solver="full").fit_transform(features).astype(np.float32)
     if method == "tsne":
         from sklearn.manifold import TSNE
 
-        few = min(30.0, (len(points) - 1) / 3)
-        return TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(points), kept
+        few = min(30.0, (len(features) - 1) / 3)
+        return TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(features)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImportWarning)  # tensorflow is absent, which only ParametricUMAP would miss
         from umap import UMAP
-    neighbours = min(15, len(points) - 1)
-    return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(points), kept
+    neighbours = min(15, len(features) - 1)
+    return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(features)
 
 
 @matplotlib.rc_context(STYLE)

@@ -80,14 +80,14 @@ class Snapshot:
     def joint_map(self) -> Figure:
         """Joint map of image and text features, the gap in its title."""
         both = torch.cat([self.features.image, self.features.text]).numpy()
-        xy, _ = plots.embed(both, method=self.method, seed=self.seed, limit=len(both))
+        xy = plots.embed(both, method=self.method, seed=self.seed)
         is_text = np.arange(len(both)) >= len(self.rows)
         return plots.joint_map(xy, is_text, gap=self.gap["gap"], method=self.method, seed=self.seed)
 
     def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
         """One map of a modality's features, coloured by prototype and by each label column."""
         assigned, centroids, features = self.prototypes(modality)
-        xy, _ = plots.embed(features.numpy(), method=self.method, seed=self.seed, limit=len(features))
+        xy = plots.embed(features.numpy(), method=self.method, seed=self.seed)
         options = {"method": self.method, "seed": self.seed}
         kind = "prototype" if prototypes.load(self.checkpoint) else "k-means cluster"
         names = [f"{kind} {i}" for i in range(len(centroids))]

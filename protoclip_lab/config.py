@@ -109,7 +109,7 @@ class TrainConfig(Settings):
 
     # --- losses
     alignment: Literal["infonce", "siglip"] = Field("infonce", description="loss between images and texts")
-    clip_weight: float = Field(1.0, ge=0, description="weight of the alignment loss")
+    clip_weight: float = Field(1.0, ge=0, description="weight of the alignment loss beside prototypes")
     proto_weight: float = Field(1.0, ge=0, description="weight of the two internal teachers together")
     teachers: list[TeacherConfig] = Field(default_factory=list, description="external teachers, each a dict")
     temperature: float = Field(0.01, description="softmax temperature of the internal teachers; 0 or less is one-hot")

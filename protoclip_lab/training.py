@@ -290,7 +290,8 @@ class _Trainer:
         config, clip = self.config, self.bare.clip
         bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
         align = self.alignment(outputs.image, outputs.text, clip.logit_scale.exp(), **bias)
-        total = config.clip_weight * align
+        # Alone, in warm-up and in the locked stage, the alignment loss has weight 1.
+        total = config.clip_weight * align if records else align
         parts = {"loss/clip": align.detach()}
         students = {"image": outputs.image_projection, "text": outputs.text_projection}
         for record in records:

@@ -1,5 +1,6 @@
 """The episode loop does what its settings say."""
 
+import json
 import math
 import sys
 import types
@@ -54,7 +55,9 @@ def test_metrics_hold_one_row_for_each_step_and_episode(run):
 
 
 def test_logged_total_is_the_weighted_sum_of_logged_parts(run, teacher):
-    steps = run(clip_weight=0.5, proto_weight=2.0, teachers=[teacher | {"weight": 3.0}]).metrics(kind="step").iloc[3:]
+    steps = run(clip_weight=0.5, proto_weight=2.0, teachers=[teacher | {"weight": 3.0}]).metrics(kind="step")
+    warm_up, steps = steps.iloc[:3], steps.iloc[3:]
+    np.testing.assert_allclose(warm_up["loss"], warm_up["loss/clip"])
     internal = (steps["loss/image_to_text_6"] + steps["loss/text_to_image_6"]) / 2
     external = (steps["loss/minilm_to_image_6"] + steps["loss/minilm_to_text_6"]) / 2
     expected = 0.5 * steps["loss/clip"] + 2.0 * internal + 3.0 * external
@@ -231,6 +234,21 @@ def test_text_tower_rests_outside_its_episodes(run):
     assert torch.equal(start, first) and not torch.equal(first, second) and torch.equal(second, third)
 
 
+def test_a_last_incomplete_batch_is_clustered_but_not_learnt(run):
+    found = run(episode_size=50)
+    assert len(found.metrics(kind="step")) == 3 * (50 // 16)
+    assert len(prototypes.load(found.latest)[0].labels) == 50
+
+
+def test_features_of_another_table_are_refused_naming_both(run, tmp_path):
+    path = tmp_path / "teacher.npy"
+    np.save(path, np.zeros((80, 5), np.float32))
+    about = {"fingerprint": "0123456789abcdef", "rows": 80, "dimension": 5, "table": "other.tsv"}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"teacher\.npy .*captions\.tsv.*0123.*Run 02_extract_teacher again"):
+        run(teachers=[{"features": str(path), "name": "minilm"}])
+
+
 def test_too_many_prototypes_for_a_whole_table_are_refused(run):
     with pytest.raises(ValueError, match="k = 500 is more than the 80 pairs"):
         run(k=500, episode_size=None)
@@ -273,8 +291,6 @@ def test_wandb_gets_every_row_when_asked_for(run, monkeypatch):
 
 
 def test_environment_is_kept(run):
-    import json
-
     found = run(episodes=1)
     about = json.loads((found.path / "environment.json").read_text())
     assert about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"]

@@ -112,7 +112,8 @@ def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
     # Not from the engines' own distances: those expand |x|² − 2x·c + |c|² and lose digits near a centroid.
     rows = max(1, BLOCK_ELEMENTS // features.shape[1])
     parts = zip(features.split(rows), labels.split(rows), strict=True)
-    return float(sum((x - centroids[y]).square().sum(dtype=torch.float64) for x, y in parts))
+    # float64 on the CPU: not every device has it.
+    return float(sum((x - centroids[y]).square().sum(dim=1).cpu().double().sum() for x, y in parts))
 
 
 def _faiss_on_gpu() -> bool:
@@ -168,7 +169,7 @@ def _torch_kmeans(
 def _split_empty(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
     """Give each empty cluster one half of a cluster drawn in proportion to its size (less one)."""
     empty = (sizes == 0).nonzero()[:, 0].tolist()
-    sizes = sizes.double().cpu()
+    sizes = sizes.cpu().double()
     shift = 1 + SPLIT * (1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2))
     for cluster in empty:
         donor = int(torch.multinomial((sizes - 1).clamp(min=0), 1, generator=generator))

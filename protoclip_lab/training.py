@@ -240,7 +240,7 @@ class _Trainer:
         visual = self.bare.clip.visual
         if not any(p.requires_grad for p in visual.parameters()):
             visual.eval()  # locked means locked: BatchNorm statistics too
-        moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], dtype=torch.float64, device=self.device)
+        moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
         losses: dict[str, float] = defaultdict(float)
         reading = self.reader.read(stretches, transform="train", purpose="learn", episode=episode)
         for index, (images, tokens) in enumerate(self._on_device(reading)):
@@ -251,7 +251,7 @@ class _Trainer:
             positions = torch.arange(index * width, (index + 1) * width, device=self.device)
             batch = _Batch(images, tokens, stretches[index], positions, step)
             outputs, parts, norm = self._step(batch, records)
-            z = torch.stack([outputs.image, outputs.text]).detach().double()
+            z = torch.stack([outputs.image, outputs.text]).detach()
             moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
             for name, value in parts.items():

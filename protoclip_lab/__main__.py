@@ -22,11 +22,12 @@ def _train(arguments: argparse.Namespace) -> None:
 
     try:
         settings = batch.read_yaml(Path(arguments.what).read_text("utf-8"))
+        if not isinstance(settings, dict) or any("=" not in given for given in arguments.parameters):
+            raise ValueError(f"{arguments.what} holds lines of `name: value`, and -p takes name=value")
         given = (parameter.partition("=") for parameter in arguments.parameters)
-        config = TrainConfig(**settings | {name: batch.read_yaml(value) for name, _, value in given})
-    except ValueError as error:
+        training.train(TrainConfig(**settings | {name: batch.read_yaml(value) for name, _, value in given}))
+    except (OSError, ValueError, training.NonFiniteLoss) as error:
         sys.exit(f"error: {error}")
-    training.train(config)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ class Settings(BaseModel):
     @classmethod
     def _check_range(cls, name: str, value: Any) -> None:
         field = cls.model_fields[name]
-        choices = [c for t in _alternatives(field.annotation) if get_origin(t) is Literal for c in get_args(t)]
+        choices = _choices(field.annotation)
         if isinstance(value, str) and choices and value not in choices:
             near = nearest_name(value, choices)
             raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
@@ -223,6 +223,10 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def _choices(annotation: Any) -> list[Any]:
+    return [c for t in _alternatives(annotation) if get_origin(t) is Literal for c in get_args(t)]
+
+
 def _parameter_line(name: str) -> str:
     field = TrainConfig.model_fields[name]
     kind = _alternatives(field.annotation)[0]
@@ -231,7 +235,8 @@ def _parameter_line(name: str) -> str:
     default = field.get_default(call_default_factory=True)
     # Strings in double quotes, as ruff formats them.
     written = json.dumps(default) if isinstance(default, str) else repr(default)
-    return f"{name} = {written}  # type: {kind} {field.description}"
+    choices = "".join(f", {choice}" for choice in _choices(field.annotation))
+    return f"{name} = {written}  # type: {kind} {field.description}{choices.replace(',', '; one of', 1)}"
 
 
 def parameters_cell() -> str:

@@ -26,8 +26,6 @@ from protoclip_lab.randomness import derive
 
 WEIGHTS = "open_clip_model.safetensors"
 HEADS = "heads.safetensors"
-INITIAL_SCALE = math.log(1 / 0.07)
-MAX_SCALE = math.log(100)
 
 
 class Outputs(NamedTuple):
@@ -63,7 +61,7 @@ class TwoTowers(nn.Module):
         if heads:
             # Both heads start from the same weights: the two spaces begin comparable.
             self.text_head.load_state_dict(self.image_head.state_dict())
-        self.logit_scale_proto = nn.Parameter(torch.tensor(INITIAL_SCALE)) if heads else None
+        self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if heads else None
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Outputs:
         """Images (B, 3, H, W) float32 and tokens (B, L) int64 -> :class:`Outputs`."""
@@ -84,7 +82,7 @@ class TwoTowers(nn.Module):
         with torch.no_grad():
             for scale in (self.clip.logit_scale, self.logit_scale_proto):
                 if scale is not None:
-                    scale.clamp_(0, MAX_SCALE)
+                    scale.clamp_(0, math.log(100))
 
 
 def projection_head(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:

@@ -184,7 +184,7 @@ def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "epi
             axes.plot(line[x], line[column], label=str(run), **style)
         if not table[column].notna().any():
             axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
-        axes.set(title=column.replace("_", " "), xlabel=x)
+        axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
         handles, names = panels[0].get_legend_handles_labels()
@@ -219,7 +219,9 @@ def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by:
         axes.margins(x=0.35)
         axes.set_ylim(len(arms) - 0.4, -0.7)
         axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
-    figure.supxlabel("mean ± standard deviation over seeds; small dots are single runs", fontsize=8, color=NOTE)
+    figure.supxlabel(
+        "mean ± standard deviation where there are several seeds; small dots are single runs", fontsize=8, color=NOTE
+    )
     return figure
 
 

@@ -150,10 +150,6 @@ class Run:
         sync(final.parent)
         return final
 
-    def finish(self, **facts: Any) -> None:
-        """Mark the run as done."""
-        write_json(self.path / "finished.json", facts)
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the lock goes with the process, however it ends.

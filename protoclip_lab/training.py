@@ -154,7 +154,7 @@ class _Trainer:
         finally:
             self.bar.close()
             self.loggers.close()
-        self.run.finish(episodes=self.config.episodes, steps=total)
+        write_json(self.run.path / "finished.json", {"episodes": self.config.episodes, "steps": total})
 
     def _episode(self, episode: int) -> None:
         config = self.config

@@ -70,8 +70,12 @@ def test_every_field_has_a_line_papermill_can_read(tmp_path):
     for name, parameter in found.items():
         field = TrainConfig.model_fields[name]
         assert ast.literal_eval(parameter["default"]) == field.get_default(call_default_factory=True)
-        assert parameter["help"] == field.description
+        assert parameter["help"].startswith(field.description)
         assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list", "dict"}
+
+
+def test_a_choice_lists_what_can_be_chosen():
+    assert "one of fp32, bf16, fp16" in parameters_cell() and "one of infonce, siglip" in parameters_cell()
 
 
 def test_parameter_lines_hold_one_equals_sign_and_one_hash():

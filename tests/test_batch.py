@@ -467,7 +467,9 @@ def test_a_signal_leaves_no_kernel_nor_child_of_one(lab: Path, stop: signal.Sign
 
 def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(protoclip_lab, "training", SimpleNamespace(train=seen.append), raising=False)
+    monkeypatch.setattr(
+        protoclip_lab, "training", SimpleNamespace(train=seen.append, NonFiniteLoss=RuntimeError), raising=False
+    )
     for name, text in (("c.yaml", "{episodes: 2, lr: 5e-4}"), ("c.json", '{"episodes": 2, "lr": 0.0005}')):
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / name), "-p", "k=[5, 6]"])

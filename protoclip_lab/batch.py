@@ -9,11 +9,11 @@ A recipe maps steps, in the order they run, to the parameters of their notebooks
       common: {episodes: 8}
       arms: {clip: {objective: clip}, protoclip: {objective: protoclip}}
       grid: {seed: [0, 1]}                      # the only place where a list is an axis
-    05_evaluate: {}                             # has a parameter `run`: once for each run of 03_train
+    05_evaluate: {}                             # has a `run` or `checkpoint`: once for each run of 03_train
     06_compare: {}                              # has a parameter `runs`: once, over all of them
 
-``{step}`` is the output folder of an earlier step, as an absolute path. The runner sets ``output``, and ``run`` or
-``runs`` where a notebook has them. Names are checked before anything runs.
+``{step}`` is the output folder of an earlier step, as an absolute path. The runner sets ``output``, and ``run``,
+``checkpoint`` or ``runs`` where a notebook has them. Names are checked before anything runs.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from jinja2 import Environment, FileSystemLoader
 from tqdm import tqdm
@@ -44,7 +45,7 @@ from protoclip_lab.storage import write_json, write_text
 TRAIN = "03_train"
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ["common", "arms", "grid"]
-REFERENCE = re.compile(r'("?){([\w:.-]+)}\1')  # in JSON: with its quotes where it is the whole text
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RecipeError(ValueError):
@@ -96,9 +97,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"{key!r} stands twice{node.start_mark}; two uses of a step are {key}:a and {key}:b")
+        if key := next((key for key in keys if keys.count(key) > 1), None):
+            raise RecipeError(f"{key!r} stands twice{node.start_mark}; two uses of a step are {key}:a and {key}:b")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -115,10 +115,9 @@ def read_yaml(text: str) -> Any:
 
 
 def _check(names: Iterable[str], valid: Collection[str], where: str) -> None:
-    for name in names:
-        if name not in valid:
-            hint = f"; did you mean {nearest_name(name, valid)}?" if valid else ""
-            raise RecipeError(f"{where}: unknown name {name!r}{hint}")
+    if unknown := [name for name in names if name not in valid]:
+        hint = f"; did you mean {nearest_name(unknown[0], valid)}?" if valid else ""
+        raise RecipeError(f"{where}: unknown name {unknown[0]!r}{hint}")
 
 
 def _cells(notebook: Path, *kinds: str) -> list[tuple[str, list[str]]]:
@@ -146,16 +145,11 @@ def _sections(step: str, given: Any) -> tuple[dict, dict, dict]:
     return common | given, {str(arm): dict(arms[arm] or {}) for arm in arms}, grid
 
 
-def _override(override: str, own: dict[str, Any], steps: dict[str, tuple], names: dict[str, list[str]]) -> None:
+def _override(override: str, places: dict[str, dict], steps: dict[str, tuple]) -> None:
     """Put one ``name=value`` where it belongs: the recipe's own parameters, a step's, an arm's or the grid's."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"-p {override}: write it as name=value")
-    places = dict.fromkeys(own, own)
-    for step, (common, arms, grid) in steps.items():
-        for name in names[step]:
-            places[f"{step}.{name}"] = grid if name in grid else common
-            places |= {f"{step}.{arm}.{name}": values for arm, values in arms.items() if name not in grid}
     _check([key], places, "-p")
     step, _, name = key.rpartition(".")
     for arm, values in (steps[step][1] if step in steps else {}).items():
@@ -167,15 +161,13 @@ def _override(override: str, own: dict[str, Any], steps: dict[str, tuple], names
 def _resolve(parameters: dict[str, Any], known: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
     """Parameters with each known ``{name}`` put in, and those names; other braces ("a photo of a {}.") stay."""
     text = json.dumps(parameters, default=str)
-    used = {name for _, name in REFERENCE.findall(text)}
+    used = set(re.findall(r"{([\w:.-]+)}", text))
     _check([name for name in used if re.match(r"\d\d_", name)], known, f"{where}: a parameter names no earlier step")
-
-    def put(match: re.Match) -> str:
-        if match[2] not in known:
-            return match[0]
-        return json.dumps(known[match[2]]) if match[1] else json.dumps(str(known[match[2]]))[1:-1]
-
-    return json.loads(REFERENCE.sub(put, text)), used
+    for name in sorted(used.intersection(known)):
+        # with its quotes where it is the whole text: a number stays one
+        text = text.replace(f'"{{{name}}}"', json.dumps(known[name]))
+        text = text.replace(f"{{{name}}}", json.dumps(str(known[name]))[1:-1])
+    return json.loads(text), used
 
 
 def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple[str, dict, list[Step]]]:
@@ -188,8 +180,9 @@ def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple
         name = "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())]))
         name = re.sub(r"[^\w.=,+-]+", "-", name)
         given = {**common, **arms.get(arm, {}), **point}
-        if runs and "run" in has and "run" not in given:
-            yield from ((f"{name}/{run.output.name}", {"run": str(run.output), **given}, [run]) for run in runs)
+        one = next((n for n in ("run", "checkpoint") if n in has), "")
+        if runs and one and one not in given:
+            yield from ((f"{name}/{run.output.name}", {one: str(run.output), **given}, [run]) for run in runs)
         elif runs and "runs" in has and "runs" not in given:
             made_from_runs = [s for s in planned if s in runs or set(runs) & set(s.upstream)]
             yield name, {"runs": [str(run.output) for run in runs], **given}, made_from_runs
@@ -227,15 +220,18 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
     sources = {step: notebooks[step.partition(":")[0]] for step in steps}
     folder_of = {step: "run" if source.stem == TRAIN else "output" for step, source in sources.items()}
     has = {step: [n for n in notebook_parameters(sources[step]) if n != folder_of[step]] for step in steps}
+    places = dict.fromkeys(own, own)
     for step, (common, arms, grid) in steps.items():
-        for part, given in {"common": common, "grid": grid, **arms}.items():
-            _check(given, has[step] + SECTIONS, f"{path.name}: {step}.{part}".removesuffix(".common"))
+        _check(grid, has[step] + SECTIONS, f"{path.name}: {step}.grid")
+        places |= {f"{step}.{name}": grid for name in grid}
+        for part, given in {step: common, **{f"{step}.{arm}": arms[arm] for arm in arms}}.items():
+            _check(given, has[step] + SECTIONS, f"{path.name}: {part}")
+            places |= {f"{part}.{name}": given for name in has[step] if name not in grid}
     for override in overrides:
-        _override(override, own, steps, has)
+        _override(override, places, steps)
     known = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
-    for name in known:
-        if known[name] is None:
-            raise RecipeError(f"recipe {path.stem} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
+    if name := next((name for name, value in known.items() if value is None), None):
+        raise RecipeError(f"recipe {path.stem} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
 
     out = Path(out or home.parent / "reports" / path.stem).resolve()
     planned: list[Step] = []
@@ -338,42 +334,30 @@ def _write_index(name: str, steps: list[Step], out: Path) -> None:
     """One page over the whole recipe: headline table, pictures side by side over the runs, links to the steps."""
     groups, table = {}, []
     for step in steps:
-        (key, _, label), where = step.name.partition("/"), step.output.relative_to(out)
+        key, _, label = step.name.partition("/")
         title = _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ")
         group = groups.setdefault(key, {"key": key, "title": title, "uses": [], "pictures": {}})
         page = step.executed.with_suffix(".html")
-        page = page.relative_to(out) if page.exists() else None
-        group["uses"].append({"label": label, "page": page, "parameters": step.parameters, **step.recorded()})
+        use = {"label": label, "page": page.exists() and page.relative_to(out), "parameters": step.parameters}
+        group["uses"].append(use | step.recorded())
         for picture in sorted((step.output / "figures").glob("*.png")):
-            group["pictures"].setdefault(picture.stem, []).append((label, where / "figures" / picture.name))
-        comparison = step.output / "comparison.csv"
-        if comparison.exists():
+            group["pictures"].setdefault(picture.stem, []).append((label, picture.relative_to(out)))
+        for comparison in step.output.glob("comparison.csv"):
             table = list(csv.reader(comparison.read_text("utf-8").splitlines()))
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "index.html", template.render(name=name, groups=list(groups.values()), table=table))
 
 
-@contextlib.contextmanager
-def _no_orphans() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt(signal); leave no kernel nor child of one behind."""
-    import psutil
-
-    def stop(signum: int, frame: Any) -> None:
-        for caught in previous:
-            signal.signal(caught, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut the clean-up short
-        logging.getLogger("asyncio").disabled = True  # it would report each task that waited for the kernel
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        raise KeyboardInterrupt(signum)
-
-    previous = {caught: signal.signal(caught, stop) for caught in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+def _stop(signum: int, frame: Any) -> None:
+    """On SIGINT or SIGTERM: leave no kernel nor child of one behind, then KeyboardInterrupt(signal)."""
+    for caught in SIGNALS:
+        signal.signal(caught, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut the clean-up short
+    logging.getLogger("asyncio").disabled = True  # it would report each task that waited for the kernel
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    raise KeyboardInterrupt(signum)
 
 
 def run(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
@@ -388,10 +372,10 @@ def run(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | Non
         KeyboardInterrupt: on SIGINT or SIGTERM, with the signal's number; kernels are gone by then.
     """
     steps, out = plan(recipe, overrides, out)
-    with _no_orphans():
-        try:
-            for number, step in enumerate(steps, 1):
-                _run_step(step, f"[{number}/{len(steps)}] {step.name}")
-        finally:
-            _write_index(Path(recipe).stem, steps, out)
+    with contextlib.ExitStack() as at_the_end:
+        for caught in SIGNALS:
+            at_the_end.callback(signal.signal, caught, signal.signal(caught, _stop))
+        at_the_end.callback(_write_index, Path(recipe).stem, steps, out)
+        for number, step in enumerate(steps, 1):
+            _run_step(step, f"[{number}/{len(steps)}] {step.name}")
     return out / "index.html"

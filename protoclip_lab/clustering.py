@@ -65,7 +65,9 @@ def kmeans(
     if init is not None and init.shape != (k, features.shape[1]):
         raise ValueError(f"init has shape {tuple(init.shape)}, expected {(k, features.shape[1])}")
     if engine == "auto":
-        engine = "torch" if features.is_cuda and not _faiss_on_gpu() else "faiss"
+        import faiss
+
+        engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
     if engine not in ("faiss", "torch"):
         raise ValueError(f"engine {engine!r} is none of 'auto', 'faiss', 'torch'")
     run = _faiss_kmeans if engine == "faiss" else _torch_kmeans
@@ -116,40 +118,24 @@ def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
     return float(sum((x - centroids[y]).square().sum(dim=1).cpu().double().sum() for x, y in parts))
 
 
-def _faiss_on_gpu() -> bool:
-    import faiss
-
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-
-
-def _faiss_kmeans(
-    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
     import faiss
 
     # faiss brings an OpenMP pool of its own, which would otherwise ignore the caller's thread setting.
     faiss.omp_set_num_threads(torch.get_num_threads())
     array = features.cpu().numpy()
-    engine = faiss.Kmeans(
-        array.shape[1],
-        k,
-        niter=iterations,
-        nredo=restarts,
-        seed=derive(seed, "kmeans") % 2**31,
-        gpu=features.is_cuda and _faiss_on_gpu(),
-        # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
-        max_points_per_centroid=-(-len(array) // k),
-        min_points_per_centroid=1,
-    )
+    # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
+    all_rows = {"max_points_per_centroid": -(-len(array) // k), "min_points_per_centroid": 1}
+    search = {"niter": iterations, "nredo": restarts, "seed": derive(seed, "kmeans") % 2**31}
+    gpu = features.is_cuda and faiss.get_num_gpus() > 0
+    engine = faiss.Kmeans(array.shape[1], k, gpu=gpu, **search, **all_rows)
     engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
     labels = engine.index.search(array, 1)[1][:, 0]
     centroids = torch.from_numpy(np.ascontiguousarray(engine.centroids)).to(features.device)
     return torch.from_numpy(labels).to(features.device), centroids
 
 
-def _torch_kmeans(
-    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _torch_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
     found = []
     for restart in range(restarts):
         generator = torch_generator(seed, "kmeans", restart)
@@ -161,17 +147,15 @@ def _torch_kmeans(
             labels = nearest(features, centroids)
             sizes = torch.bincount(labels, minlength=k)
             centroids = _split_empty(back_translate(labels, features, k), sizes, generator)
-        labels = nearest(features, centroids)
-        found.append((labels, centroids))
+        found.append((nearest(features, centroids), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))
 
 
 def _split_empty(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
     """Give each empty cluster one half of a cluster drawn in proportion to its size (less one)."""
-    empty = (sizes == 0).nonzero()[:, 0].tolist()
     sizes = sizes.cpu().double()
     shift = 1 + SPLIT * (1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2))
-    for cluster in empty:
+    for cluster in (sizes == 0).nonzero()[:, 0].tolist():
         donor = int(torch.multinomial((sizes - 1).clamp(min=0), 1, generator=generator))
         centroids[cluster] = centroids[donor] * shift
         centroids[donor] = centroids[donor] * (2 - shift)

@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,29 +25,19 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_the_nearest(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        for name, value in given.items():
+        for name, value in given.items() if isinstance(given, dict) else ():
             if name not in cls.model_fields:
                 near = nearest_name(name, cls.model_fields)
                 raise ValueError(f"unknown setting {name!r} of {cls.__name__}; the nearest valid name is {near!r}")
-            cls._check_range(name, value)
+            choices = _choices(cls.model_fields[name].annotation)
+            if isinstance(value, str) and choices and value not in choices:
+                near = nearest_name(value, choices)
+                raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
+            for bound in cls.model_fields[name].metadata if isinstance(value, int | float) else ():
+                near = min(max(getattr(bound, "ge", -math.inf), value), getattr(bound, "le", math.inf))
+                if near != value:
+                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {near}")
         return given
-
-    @classmethod
-    def _check_range(cls, name: str, value: Any) -> None:
-        field = cls.model_fields[name]
-        choices = _choices(field.annotation)
-        if isinstance(value, str) and choices and value not in choices:
-            near = nearest_name(value, choices)
-            raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return
-        for bound in field.metadata:
-            low, high = getattr(bound, "ge", -math.inf), getattr(bound, "le", math.inf)
-            if not low <= value <= high:
-                near = high if value > high else low
-                raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {near}")
 
 
 class TeacherConfig(Settings):
@@ -150,30 +140,24 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
-        given = [self.k, *(teacher.k or 1 for teacher in self.teachers)]
-        for k in given:
+        for k in [self.k, *(teacher.k or 1 for teacher in self.teachers)]:
             ks = k if isinstance(k, list) else [k]
-            if not ks or min(ks) < 1:
-                near = [max(1, x) for x in ks] or [1]
+            near = [max(1, x) for x in ks] or [1]
+            if ks != near:
                 raise ValueError(f"k = {k} is out of range; the nearest valid value is {near}")
-        step = self.batch_size * self.accumulation
-        size = math.inf if self.episode_size is None else self.episode_size
+        step, size = self.batch_size * self.accumulation, self.episode_size or math.inf
         if size < step:
-            raise ValueError(
-                f"episode_size = {size} is smaller than a step of {step} pairs "
-                f"(batch_size {self.batch_size} x accumulation {self.accumulation}): nothing would be learnt"
-            )
+            raise ValueError(f"episode_size = {size} is smaller than a step of {step} = batch_size x accumulation")
         if self.objective == "protoclip":
             if self.teachers and not self.back_translation:
                 raise ValueError("external teachers need back_translation: their centroids lie in another space")
             most = max([1, *(k for ks in self.teacher_ks().values() for k in ks)])
             if most > size:
                 raise ValueError(f"k = {most} is more than episode_size = {size}; the nearest valid value is {size}")
-            if self.lit_start_episode is not None and self.lit_start_episode <= self.infonce_warmup_episodes:
-                raise ValueError(
-                    f"lit_start_episode = {self.lit_start_episode} leaves no episode for prototypes after "
-                    f"infonce_warmup_episodes = {self.infonce_warmup_episodes}"
-                )
+            start, warmup = self.lit_start_episode, self.infonce_warmup_episodes
+            if start is not None and start <= warmup:
+                after = f"infonce_warmup_episodes = {warmup}"
+                raise ValueError(f"lit_start_episode = {start} leaves no episode for prototypes after {after}")
         if self.text_end_episode is not None and self.text_end_episode < self.text_start_episode:
             raise ValueError(f"text_end_episode = {self.text_end_episode} lies before text_start_episode")
         if self.evaluate_every and not self.evaluation_sets:
@@ -189,16 +173,14 @@ class TrainConfig(Settings):
 
     def teacher_ks(self) -> dict[str, list[int]]:
         """Numbers of prototypes by teacher: "image", "text" (with a positive proto_weight) and the external ones."""
-        own = ["image", "text"] if self.proto_weight > 0 else []
-        given = {name: self.k for name in own}
+        given = dict.fromkeys(["image", "text"], self.k) if self.proto_weight > 0 else {}
         given |= {name: t.k or self.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
         return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
 
 
 def notebook_settings(namespace: dict[str, Any]) -> dict[str, Any]:
     """A notebook's own variables: what its parameters cell and papermill have set, no imports, none of IPython's."""
-    names = [name for name in namespace if not name.startswith("_") and name not in ("In", "Out")]
-    own = {name: namespace[name] for name in names}
+    own = {name: namespace[name] for name in namespace if not name.startswith("_") and name not in ("In", "Out")}
     return {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
 
 
@@ -213,46 +195,35 @@ def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) ->
     """
     settings = notebook_settings(namespace)
     known = [name for taker in (function, *passed_to) for name in inspect.signature(taker).parameters]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")
+    if name := next((name for name in settings if name not in known), None):
+        raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")
     return function(**settings)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
-def _choices(annotation: Any) -> list[Any]:
-    return [c for t in _alternatives(annotation) if get_origin(t) is Literal for c in get_args(t)]
-
-
-def _parameter_line(name: str) -> str:
-    field = TrainConfig.model_fields[name]
-    kind = _alternatives(field.annotation)[0]
-    kind = get_origin(kind) or kind
-    kind = "str" if kind is Literal else kind.__name__
-    default = field.get_default(call_default_factory=True)
-    # Strings in double quotes, as ruff formats them.
-    written = json.dumps(default) if isinstance(default, str) else repr(default)
-    choices = "".join(f", {choice}" for choice in _choices(field.annotation))
-    return f"{name} = {written}  # type: {kind} {field.description}{choices.replace(',', '; one of', 1)}"
+def _choices(annotation: Any) -> list[str]:
+    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
 
 
 def parameters_cell() -> str:
     """The source of notebook 03's parameters cell: one line a setting, as papermill's ``--help-notebook`` reads it."""
-    return "\n".join(_parameter_line(name) for name in TrainConfig.model_fields)
+    lines = []
+    for name, field in TrainConfig.model_fields.items():
+        kind = field.annotation.__args__[0] if isinstance(field.annotation, types.UnionType) else field.annotation
+        default, choices = field.get_default(call_default_factory=True), _choices(field.annotation)
+        # Strings in double quotes, as ruff formats them.
+        written = json.dumps(default) if isinstance(default, str) else repr(default)
+        meaning = "; one of ".join(filter(None, [field.description, ", ".join(choices)]))
+        lines.append(f"{name} = {written}  # type: {'str' if choices else kind.__name__} {meaning}")
+    return "\n".join(lines)
 
 
 def write_parameters_cell(notebook: str | Path) -> None:
-    """Replace the source of the cell tagged ``parameters`` by :func:`parameters_cell`."""
+    """Replace the source of the one cell tagged ``parameters`` by :func:`parameters_cell`."""
     import nbformat
 
     document = nbformat.read(notebook, as_version=4)
-    cells = [c for c in document.cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ValueError(f"{notebook} has {len(cells)} cells tagged 'parameters', expected 1")
-    cells[0].source = parameters_cell()
+    (cell,) = [c for c in document.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source = parameters_cell()
     nbformat.write(document, notebook)
 
 

@@ -1,5 +1,6 @@
 """Two towers from open_clip with projection heads: made, run over data, saved and loaded."""
 
+import hashlib
 import json
 import logging
 import math
@@ -26,6 +27,8 @@ from protoclip_lab.randomness import derive
 
 WEIGHTS = "open_clip_model.safetensors"
 HEADS = "heads.safetensors"
+
+log = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
@@ -162,14 +165,22 @@ def best_device() -> str:
 
 
 def load(path: str | Path) -> TwoTowers:
-    """A checkpoint folder -> the model with towers and heads, in eval mode on the CPU.
+    """A checkpoint -> the model with towers and heads, in eval mode on the CPU; without heads h is z.
 
-    Any folder that open_clip's ``local-dir:`` reads will do; without heads beside it, h is z.
+    Args:
+        path: a checkpoint folder, ours or any that open_clip's ``local-dir:`` reads; ``open_clip:NAME/TAG`` with a
+            pretrained tag or weights file of open_clip, such as "open_clip:RN50/openai"; or a ``.pt`` file of the
+            ProtoCLIP authors' code.
 
     Raises:
         FileNotFoundError: no checkpoint there.
+        ValueError: an unknown open_clip name or tag (the nearest is named), or a ``.pt`` file with other content.
     """
+    if str(path).startswith("open_clip:"):
+        return _load_pretrained(*str(path).removeprefix("open_clip:").partition("/")[::2])
     folder = Path(path)
+    if folder.suffix == ".pt":
+        return _load_authors(folder)
     if not (folder / "open_clip_config.json").exists():
         raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
     cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
@@ -177,11 +188,20 @@ def load(path: str | Path) -> TwoTowers:
     heads = None
     if (folder / "heads.json").exists():
         heads = json.loads((folder / "heads.json").read_text())["heads"]
-    with torch.random.fork_rng():
-        model = TwoTowers(_create_clip(name, cfg, None), cfg, _tokenizer(cfg, name), heads)
+    model = _assemble(name, cfg, heads)
     if heads:
         _load_heads(model, folder)
-    return model.eval()
+    return model
+
+
+def fingerprint(model: TwoTowers) -> str:
+    """SHA-256 over weights, configuration and image preprocessing: equal ones give equal features."""
+    about = [model.model_cfg, model.clip.visual.preprocess_cfg]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def restore(model: TwoTowers, folder: Path) -> None:
@@ -193,11 +213,14 @@ def restore(model: TwoTowers, folder: Path) -> None:
 
 def encode_images(
     model: TwoTowers, images: Sequence[Image.Image], *, batch_size: int = 256, workers: int = 0, progress: bool = True
-) -> Tensor:
-    """Image features z_I of an indexable of PIL images, (N, embed) float32 on the CPU, in eval mode."""
+) -> Outputs:
+    """Image features z_I and h_I of an indexable of PIL images, (N, d) float32 on the CPU, in eval mode.
+
+    The features of an image that cannot be read are NaN; a warning is logged that names it.
+    """
     loader = torch.utils.data.DataLoader(_Transformed(images, model.eval_transform), batch_size, num_workers=workers)
     bar = tqdm(loader, desc="encoding images", disable=not progress, mininterval=2, leave=False)
-    return _encode(model, ((batch, None) for batch in bar)).image
+    return _encode(model, ((batch, None) for batch in bar))
 
 
 def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
@@ -242,7 +265,76 @@ class _Transformed(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.images[index])
+        try:
+            return self.transform(self.images[index])
+        except OSError as error:
+            log.warning("%s", error)
+            return torch.full_like(self.transform(Image.new("RGB", (8, 8))), torch.nan)
+
+
+def _assemble(name: str, cfg: dict, heads: dict | None, pretrained: str | None = None) -> TwoTowers:
+    with torch.random.fork_rng():
+        return TwoTowers(_create_clip(name, cfg, pretrained), cfg, _tokenizer(cfg, name), heads).eval()
+
+
+def _load_pretrained(name: str, tag: str) -> TwoTowers:
+    cfg = open_clip.get_model_config(name)
+    known = open_clip.list_models() if cfg is None else open_clip.list_pretrained_tags_by_model(name)
+    wrong = name if cfg is None else tag
+    if cfg is None or (tag not in known and not os.path.exists(tag)):
+        near = f"; the nearest is {nearest_name(wrong, known)!r}" if known else ""
+        raise ValueError(f"open_clip:{name}/{tag}: open_clip does not know {wrong!r}{near}; write open_clip:NAME/TAG")
+    if (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"):
+        cfg["quick_gelu"] = True
+    return _assemble(name, cfg, None, tag)
+
+
+def _load_authors(file: Path) -> TwoTowers:
+    """A checkpoint of the ProtoCLIP authors' training code, which is open_clip 1.2 with heads."""
+    # Their optimizer's state holds NumPy float64 scalars, whose module has moved since.
+    scalar = np.float64(0).__reduce__()[0]
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    with torch.serialization.safe_globals([*names, np.dtype, type(np.dtype(np.float64))]):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    state = {name.removeprefix("module."): value for name, value in (state or {}).items()}
+    if "ln_final.weight" not in state:
+        raise ValueError(f"{file} is no checkpoint of the ProtoCLIP authors' code with CLIP's own text tower")
+    # Linear layers of the head; BatchNorms between them have weights of one dimension.
+    linear = [w for name, w in state.items() if name.startswith("image_projection_head") and w.ndim == 2]
+    sizes = {"width": linear[0].shape[1], "hidden": len(linear[0]), "out": len(linear[-1])} if linear else {}
+    heads = {**sizes, "depth": len(linear) - 1} if linear else None
+    model = _assemble("RN50", _authors_config(state), heads)
+    # Heads have their names; all the rest belongs to the towers.
+    own = {name.replace("_projection_head", "_head"): value for name, value in state.items()}
+    ours = model.state_dict()
+    model.load_state_dict({name if name in ours else f"clip.{name}": value for name, value in own.items()})
+    return model
+
+
+def _authors_config(state: dict[str, Tensor]) -> dict:
+    """open_clip's configuration of the towers in a flat state dict."""
+
+    def count(prefix: str) -> int:
+        return len({name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)})
+
+    def side(name: str) -> int:
+        return math.isqrt(len(state[name]) - 1)
+
+    length, width = state["positional_embedding"].shape
+    text = {"context_length": length, "vocab_size": len(state["token_embedding.weight"]), "width": width}
+    text |= {"heads": max(1, width // 64), "layers": count("transformer.resblocks.")}
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        vision = {"layers": count("visual.transformer.resblocks."), "width": width, "patch_size": patch}
+        vision["image_size"] = patch * side("visual.positional_embedding")
+    else:
+        vision = {"layers": [count(f"visual.layer{n}.") for n in range(1, 5)], "patch_size": None}
+        vision["width"] = len(state["visual.layer1.0.conv1.weight"])
+        vision["image_size"] = 32 * side("visual.attnpool.positional_embedding")
+    embed = state["text_projection"].shape[1]
+    # QuickGELU, whatever their settings said.
+    return {"embed_dim": embed, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
 
 
 def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:

@@ -2,35 +2,26 @@
 
 import io
 import textwrap
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from protoclip_lab import randomness
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 # Okabe and Ito's colours, told apart with every common colour vision; the palest last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-REST, NOTE = "#BBBBBB", "#555555"
+REST = "#BBBBBB"
+NOTE = {"fontsize": 8, "color": "#555555"}
 LINES = ("-", "--", "-.", ":")
 WIDTH = 9.0  # inches: the width of a notebook's cell
-STYLE = {
-    "figure.dpi": 110,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a caption may hold dollar signs
-}
+STYLE = {"figure.dpi": 110, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+STYLE["text.parse_math"] = False  # a caption may hold dollar signs
 METHODS = {
     "umap": "UMAP, cosine distance, 15 neighbours, minimum distance 0.1",
     "tsne": "t-SNE, cosine distance, perplexity 30 or fewer",
@@ -71,9 +62,8 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0) -> np.nd
 
         few = min(30.0, (len(features) - 1) / 3)
         return TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(features)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # tensorflow is absent, which only ParametricUMAP would miss
-        from umap import UMAP
+    from umap import UMAP
+
     neighbours = min(15, len(features) - 1)
     return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(features)
 
@@ -149,25 +139,23 @@ def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence
     columns = max([1, *map(len, images)])
     heights = [1.8 if len(row) else 0.5 for row in images]
     figure = _Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    shape = {"height_ratios": heights, "width_ratios": [1.2] + [(WIDTH - 1.2) / columns] * columns}
-    grid = figure.subplots(len(images), columns + 1, squeeze=False, **shape)
-    letters = int(WIDTH / columns * 12)
+    ratios = {"height_ratios": heights, "width_ratios": [1.2] + [(WIDTH - 1.2) / columns] * columns}
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    grid = figure.subplots(len(images), columns + 1, squeeze=False, subplot_kw=bare, **ratios)
     for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
-        for cell in axes:
-            cell.set_axis_off()
         axes[0].text(1, 0.5, name, ha="right", va="center", fontweight="bold", transform=axes[0].transAxes)
         if not len(row):
-            axes[1].text(0, 0.5, "no members", va="center", color=NOTE, transform=axes[1].transAxes)
+            axes[1].text(0, 0.5, "no members", va="center", color=NOTE["color"], transform=axes[1].transAxes)
         for cell, image, text in zip(axes[1:], row, texts, strict=False):
             cell.imshow(image)
-            lines = "\n".join(textwrap.wrap(_legible(text), letters, max_lines=3, placeholder=" …"))
+            lines = textwrap.fill(_legible(text), int(WIDTH / columns * 12), max_lines=3, placeholder=" …")
             below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
             cell.annotate(lines, (0.5, 0), (0, -3), fontsize=7, **below)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "episode", by: str = "run") -> Figure:
+def progress_curves(table: pd.DataFrame, columns: Sequence[str], *, x: str = "episode", by: str = "run") -> Figure:
     """Metrics against episodes: a panel for each column, a line for each run.
 
     Args:
@@ -187,13 +175,12 @@ def progress_curves(table: "DataFrame", columns: Sequence[str], *, x: str = "epi
         axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(runs)))
+        figure.legend(handles=panels[0].lines, loc="outside upper center", ncols=min(4, len(runs)))
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by: str = "arm") -> Figure:
+def comparison(table: pd.DataFrame, measures: Sequence[str] | None = None, *, by: str = "arm") -> Figure:
     """Arms side by side, a panel for each measure: mean ± standard deviation over seeds, and each seed as a dot.
 
     Args:
@@ -215,13 +202,10 @@ def comparison(table: "DataFrame", measures: Sequence[str] | None = None, *, by:
             digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
             text = f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
             axes.annotate(text, (mean, i), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_title(measure.replace("_", " "))
         axes.margins(x=0.35)
-        axes.set_ylim(len(arms) - 0.4, -0.7)
+        axes.set(title=measure.replace("_", " "), ylim=(len(arms) - 0.4, -0.7))
         axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
-    figure.supxlabel(
-        "mean ± standard deviation where there are several seeds; small dots are single runs", fontsize=8, color=NOTE
-    )
+    figure.supxlabel("mean ± standard deviation where there are several seeds; small dots are single runs", **NOTE)
     return figure
 
 
@@ -231,7 +215,7 @@ def _map(xy, title, method, seed, note="") -> tuple[Figure, Any, dict]:
     axes = figure.subplots()
     axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate", xticks=[], yticks=[])
     made = f"{len(xy):,} points · {METHODS[method]}" + ("" if method == "pca" else f", seed {seed}")
-    figure.supxlabel(f"{note} · {made}" if note else made, fontsize=8, color=NOTE)
+    figure.supxlabel(f"{note} · {made}" if note else made, **NOTE)
     return figure, axes, {"s": np.clip(20000 / max(len(xy), 1), 4, 30), "alpha": 0.7, "linewidths": 0}
 
 

@@ -37,9 +37,8 @@ class Prototypes:
     teacher_centroids: Tensor  # (K, d_t) T
     centroids: Tensor  # (K, d) C, back-translated
     targets: Tensor  # (K, d) M, expected prototypes
-    occupied: (
-        Tensor | None
-    )  # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
+    # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
+    occupied: Tensor | None
     weight: float
     carried: bool = False  # made in an earlier episode: the stored labels are of other samples
 
@@ -48,7 +47,7 @@ class Prototypes:
         """For metrics: teacher, student and number of prototypes."""
         return f"{self.teacher}_to_{self.student}_{len(self.centroids)}"
 
-    def labels_of(self, positions: Tensor, teacher_features: Tensor | None = None) -> Tensor:
+    def labels_of(self, positions: Tensor | slice, teacher_features: Tensor | None = None) -> Tensor:
         """The teacher's cluster of the samples at these positions of the episode, (B,).
 
         Stored labels; where the prototypes come from an earlier episode, the nearest occupied teacher centroid
@@ -104,11 +103,8 @@ def construct(
     """
     records, clusters = [], {}
     for teacher in teachers:
-        internal = teacher.name in STUDENTS
-        if not internal and not back_translation:
-            raise ValueError(
-                f"teacher {teacher.name!r} is external: its centroids lie in another space, it needs back_translation"
-            )
+        if teacher.name not in STUDENTS and not back_translation:
+            raise ValueError(f"teacher {teacher.name!r} needs back_translation: its centroids lie in another space")
         students = [s for s in STUDENTS if s != teacher.name]
         for k in teacher.ks:
             own_seed = derive(seed, "clusters of", teacher.name, k)
@@ -131,6 +127,16 @@ def carry(records: Sequence[Prototypes]) -> list[Prototypes]:
 
 
 TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")
+
+
+def of_modality(records: Sequence[Prototypes], modality: str) -> Tensor | None:
+    """The prototypes that live among one modality's features h, (K, d), None where there are none.
+
+    The modality's own clusters where it is a teacher; else those of the first teacher that teaches it.
+    """
+    own = [record.teacher_centroids for record in records if record.teacher == modality]
+    taught = [record.centroids for record in records if record.student == modality]
+    return next(iter(own + taught), None)
 
 
 def save(records: Sequence[Prototypes], folder: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,8 @@ class Run:
         return pd.DataFrame([row for row in rows if kind in (None, row["kind"])])
 
     def evaluations(self) -> pd.DataFrame:
-        """Rows of (episode, dataset, measure, value)."""
-        return pd.DataFrame(_read_rows(self.path / "evaluation.jsonl"))
+        """Rows of (checkpoint, dataset, measure, value, low, high)."""
+        return _evaluations(_read_rows(self.path / "evaluation.jsonl"))
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoint folders, oldest first."""
@@ -122,21 +122,17 @@ class Run:
         with (self.path / file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
-    def record_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keep evaluation rows; a measure taken again takes the place of what it found before."""
-        rows = [*_read_rows(self.path / "evaluation.jsonl"), *rows]
-        known = {(row["episode"], row["dataset"], row["measure"]): row for row in rows}
-        write_text(self.path / "evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in known.values()))
-
     def truncate(self, episode: int) -> None:
         """Drop what was logged after an episode: the resumed run writes it again."""
-        for file in ("metrics.jsonl", "evaluation.jsonl"):
-            kept = [row for row in _read_rows(self.path / file) if row["episode"] <= episode]
-            write_text(self.path / file, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in _read_rows(self.path / "metrics.jsonl") if row["episode"] <= episode]
+        _write_rows(self.path / "metrics.jsonl", kept)
+        with locked(self.path / "evaluation.lock"):
+            file, last = self.path / "evaluation.jsonl", checkpoint_name(episode)
+            _write_rows(file, [row for row in _read_rows(file) if row["checkpoint"] <= last])
 
     def save(self, episode: int, write: Callable[[Path], None]) -> Path:
         """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last."""
-        final = self.path / "checkpoints" / f"episode_{episode:04d}"
+        final = self.path / "checkpoints" / checkpoint_name(episode)
         staging = final.with_name(f".{final.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -157,12 +153,35 @@ class Run:
         Raises:
             RuntimeError: another process trains this run.
         """
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RuntimeError(f"{self.path.absolute()} is being trained by another process") from error
-            yield
+        try:
+            with locked(self.path / "lock", wait=False):
+                yield
+        except BlockingIOError as error:
+            raise RuntimeError(f"{self.path.absolute()} is being trained by another process") from error
+
+
+def checkpoint_name(episode: int) -> str:
+    """The folder of an episode's checkpoint; in the order of episodes as text too."""
+    return f"episode_{episode:04d}"
+
+
+def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Add rows to a folder's ``evaluation.jsonl`` and return all; a measure taken again replaces its last value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A training and a watcher may write at once.
+    with locked(folder / "evaluation.lock"):
+        known = {(r["checkpoint"], r["dataset"], r["measure"]): r for r in _read_rows(folder / "evaluation.jsonl")}
+        known |= {(r["checkpoint"], r["dataset"], r["measure"]): r for r in rows}
+        _write_rows(folder / "evaluation.jsonl", known.values())
+    return _evaluations(known.values())
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file; BlockingIOError where another process does and ``wait`` is False."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 def pairs_of(run: Run) -> Pairs:
@@ -180,6 +199,12 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 HEADLINES = ["zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_AMI"]
+
+
+def headlines(rows: pd.DataFrame) -> pd.DataFrame:
+    """The headline measures of a run's evaluations, a column for each checkpoint."""
+    shown = rows[rows["measure"].isin(HEADLINES)]
+    return shown.pivot_table(index=["dataset", "measure"], columns="checkpoint", values="value", sort=True).round(2)
 
 
 def compare(runs: Sequence[str | Path], output: str | Path = "", measures: Sequence[str] = ()) -> Comparison:
@@ -201,7 +226,7 @@ def compare(runs: Sequence[str | Path], output: str | Path = "", measures: Seque
         found = run.evaluations()
         if found.empty:
             raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
-        last = found[found["episode"] == found["episode"].max()]
+        last = found[found["checkpoint"] == found["checkpoint"].max()]
         arm = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name
         values = {f"{row.dataset}: {row.measure}": row.value for row in last.itertuples()}
         rows.append({"run": run.path.name, "arm": arm, "seed": run.config.seed, **values})
@@ -244,6 +269,15 @@ def keep(figure: Any, output: str | Path, name: str) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png")
     return figure
+
+
+def _evaluations(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["checkpoint", "dataset", "measure", "value", "low", "high"])
+    return table.astype({"value": float, "low": float, "high": float})
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _read_rows(path: Path) -> list[dict]:

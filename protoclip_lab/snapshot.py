@@ -1,15 +1,14 @@
 """A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,10 +18,6 @@ from protoclip_lab.encoders import Outputs
 from protoclip_lab.evaluation import agreement, modality_gap
 from protoclip_lab.randomness import numpy_generator
 from protoclip_lab.runs import Run, pairs_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 # Without prototypes of its own, a model's features are clustered with this many members in the mean.
 MEMBERS = 25
@@ -65,10 +60,8 @@ class Snapshot:
             labels (n,), centroids (K, d), features (n, d).
         """
         projected = getattr(self.features, f"{modality}_projection")
-        records = prototypes.load(self.checkpoint)
-        own = [record.teacher_centroids for record in records if record.teacher == modality]
-        taught = [record.centroids for record in records if record.student == modality]
-        for centroids in own + taught:
+        centroids = prototypes.of_modality(prototypes.load(self.checkpoint), modality)
+        if centroids is not None:
             return clustering.nearest(projected, centroids).numpy(), centroids, projected
         found = clustering.kmeans(projected, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
         return found.labels.numpy(), found.centroids, projected
@@ -141,15 +134,13 @@ def open_snapshot(
     return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels)
 
 
-def history(snapshot: Snapshot) -> DataFrame:
+def history(snapshot: Snapshot) -> pd.DataFrame:
     """Gap and grouping of the same sample at every checkpoint of its run.
 
     Returns:
         A row for each checkpoint: episode, gap, agreement (AMI) of image prototypes with text prototypes and with each
         label column.
     """
-    import pandas as pd
-
     rows = []
     for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
         then = snapshot
@@ -159,9 +150,8 @@ def history(snapshot: Snapshot) -> DataFrame:
         groups = then.prototypes("image")[0]
         row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
         row["AMI of image and text groups"] = agreement(groups, then.prototypes("text")[0])["AMI"]
-        row |= {
-            f"AMI of image groups and {label}": agreement(groups, then.label(label))["AMI"] for label in snapshot.labels
-        }
+        for label in snapshot.labels:
+            row[f"AMI of image groups and {label}"] = agreement(groups, then.label(label))["AMI"]
         rows.append(row)
     return pd.DataFrame(rows)
 

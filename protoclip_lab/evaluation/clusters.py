@@ -1,36 +1,63 @@
-"""Grouping: do the features' clusters match the classes?"""
+"""Grouping: do the features' clusters match the classes, and do the classes lie apart?"""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from protoclip_lab.clustering import kmeans
-from protoclip_lab.evaluation.arrays import as_features, as_labels
+from protoclip_lab.evaluation.arrays import Estimate, as_features, as_labels, class_sums, estimate
+from protoclip_lab.randomness import numpy_generator
+
+# Silhouettes need every distance: more items than this are sampled.
+SILHOUETTE_ITEMS = 10_000
+# Resamples of what has to be computed anew for each; means take as many as are asked for.
+COSTLY_DRAWS = 200
 
 
-def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0) -> dict[str, float]:
+def grouping(
+    features: Any, labels: Any, k: int | None = None, *, seed: int = 0, seeds: int = 1, draws: int = 0
+) -> dict[str, Estimate]:
     """Agreement of k-means clusters of the features, as given, with class labels: see :func:`agreement`.
 
     Args:
         features: (N, d).
         labels: (N,) of any kind.
         k: number of clusters; None takes the number of classes among ``labels``.
+        seed: of k-means and of the resamples.
+        seeds: k-means is run from ``seed``, ``seed + 1``, …, and values and intervals are means over them; with more
+            than one, "ARI_sd" and so on tell the standard deviation between them.
+        draws: resamples of the items for 95 % intervals.
 
     Raises:
         ValueError: as :func:`agreement`, and k > N.
     """
     features = as_features(features, "features")
     labels = as_labels(labels, len(features), "labels")
-    clusters = kmeans(features, k or len(np.unique(labels)), seed=seed)
-    return agreement(clusters.labels, labels)
+    runs = []
+    for start in range(seed, seed + seeds):
+        clusters = kmeans(features, k or len(np.unique(labels)), seed=start)
+        runs.append(agreement(clusters.labels, labels, draws=draws, seed=seed))
+    found = {}
+    for name in runs[0]:
+        values = np.array([[run[name], run[name].low, run[name].high] for run in runs])
+        found[name] = Estimate(*values.mean(axis=0))
+        if seeds > 1:
+            found[f"{name}_sd"] = Estimate(values[:, 0].std(ddof=1))
+    return found
 
 
-def agreement(assignments: Any, labels: Any) -> dict[str, float]:
+def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """Agreement of a clustering with class labels, whatever the clusters are called.
 
     Args:
         assignments: (N,) cluster of each item, of any kind.
         labels: (N,) class of each item, of any kind.
+        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`.
 
     Returns:
         "ARI" (adjusted Rand index), "AMI" and "NMI" (adjusted and normalised mutual information, arithmetic mean),
@@ -40,19 +67,105 @@ def agreement(assignments: Any, labels: Any) -> dict[str, float]:
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    from sklearn import metrics
-    from sklearn.metrics.cluster import contingency_matrix
-
     rows = len(labels)
     if rows == 0:
         raise ValueError("no items to compare")
-    found, known = (
-        np.unique(as_labels(values, rows, name), return_inverse=True)[1]
-        for values, name in ((assignments, "assignments"), (labels, "labels"))
+    named = ((assignments, "assignments"), (labels, "labels"))
+    (clusters, found), (classes, known) = (
+        np.unique(as_labels(values, rows, name), return_inverse=True) for values, name in named
     )
+    cells = torch.from_numpy(known * len(clusters) + found)
+    shape = len(classes), len(clusters)
+
+    def under(weights: Tensor) -> dict[str, Tensor]:
+        tables = class_sums(weights, cells, math.prod(shape)).reshape(-1, *shape).numpy()
+        scores = [_scores(table) for table in tables]
+        return {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]}
+
+    return estimate(under, rows, min(draws, COSTLY_DRAWS), seed, centred=True)
+
+
+def _scores(table: np.ndarray) -> dict[str, float]:
+    """Agreement from a contingency table (classes, clusters), as scikit-learn has it from labels."""
+    from scipy.sparse import csr_array
+    from scipy.stats import entropy
+    from sklearn.metrics.cluster import expected_mutual_information, mutual_info_score
+
+    # A resample may lack a class or a cluster.
+    table = table[table.any(axis=1)][:, table.any(axis=0)]
+    total, rows, columns = table.sum(), table.sum(axis=1), table.sum(axis=0)
+    purity = table.max(axis=0).sum() / total
+    if np.count_nonzero(table) == len(rows) == len(columns):
+        # The same groups under other names: 1 in the limit too, where 0/0 would stand.
+        return {"ARI": 1.0, "AMI": 1.0, "NMI": 1.0, "purity": purity}
+    pairs, row_pairs, column_pairs = (np.sum(x * (x - 1)) / 2 for x in (table, rows, columns))
+    by_chance = row_pairs * column_pairs / (total * (total - 1) / 2)
+    mutual, uncertainty = mutual_info_score(None, None, contingency=table), (entropy(rows) + entropy(columns)) / 2
+    expected = expected_mutual_information(csr_array(table), int(total))
+    spare = uncertainty - expected
     return {
-        "ARI": float(metrics.adjusted_rand_score(known, found)),
-        "AMI": float(metrics.adjusted_mutual_info_score(known, found)),
-        "NMI": float(metrics.normalized_mutual_info_score(known, found)),
-        "purity": float(contingency_matrix(known, found).max(axis=0).sum() / rows),
+        "ARI": (pairs - by_chance) / ((row_pairs + column_pairs) / 2 - by_chance),
+        "AMI": (mutual - expected) / (spare if abs(spare) > 1e-15 else math.copysign(1e-15, spare)),
+        "NMI": mutual / uncertainty,
+        "purity": purity,
     }
+
+
+def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
+    """How far apart the classes themselves lie in feature space, without any clustering.
+
+    Args:
+        features: (N, d), taken as given by the three indices, L2-normalised by the similarities.
+        labels: (N,) of any kind.
+        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`.
+
+    Returns:
+        - "silhouette" (−1 to 1, of 10,000 items drawn by ``seed`` where there are more), "davies_bouldin" (0 is best),
+          "calinski_harabasz" (more is better), Euclidean, as scikit-learn has them; NaN for one class or one item a
+          class;
+        - "within_similarity", "between_similarity": mean cosine over pairs of different items of one class, of
+          two; "similarity_ratio": the first over the second. NaN where there is no such pair.
+
+    Raises:
+        ValueError: shapes that do not fit; NaN or Inf.
+    """
+    from sklearn import metrics
+
+    x = as_features(features, "features").cpu()
+    classes, y = np.unique(as_labels(labels, len(x), "labels"), return_inverse=True)
+    sphere, index = F.normalize(x.double(), dim=1), torch.from_numpy(y)
+
+    def similarities(weights: Tensor) -> dict[str, Tensor]:
+        sums = torch.zeros(len(classes), x.shape[1], dtype=torch.float64)
+        in_class = torch.stack([sums.index_add(0, index, row[:, None] * sphere).square().sum() for row in weights])
+        # Ordered pairs; an item and its copies in a resample are none.
+        squares = class_sums(weights, index, len(classes)).square().sum(dim=1)
+        copies, everything = weights.square().sum(dim=1), weights.sum(dim=1).square()
+        same = in_class - weights.square() @ sphere.square().sum(dim=1)
+        other = (weights @ sphere).square().sum(dim=1) - in_class
+        within = torch.where(squares > copies, same / (squares - copies), torch.nan)
+        between = torch.where(everything > squares, other / (everything - squares), torch.nan)
+        return {"within_similarity": within, "between_similarity": between, "similarity_ratio": within / between}
+
+    def under(weights: Tensor) -> dict[str, Tensor]:
+        rows = [np.repeat(np.arange(len(x)), row.int()) for row in weights]
+        indices = {
+            "davies_bouldin": [_index(metrics.davies_bouldin_score, x.numpy()[r], y[r]) for r in rows],
+            "calinski_harabasz": [_index(metrics.calinski_harabasz_score, x.numpy()[r], y[r]) for r in rows],
+        }
+        return {name: torch.tensor(values) for name, values in indices.items()} | similarities(weights)
+
+    found = estimate(under, len(x), min(draws, COSTLY_DRAWS), seed, centred=True)
+    sample = numpy_generator(seed, "silhouette").permutation(len(x))[:SILHOUETTE_ITEMS]
+    values = torch.from_numpy(np.asarray(_index(metrics.silhouette_samples, x.numpy()[sample], y[sample]))).double()
+    values = values.expand(len(sample))  # NaN where it is not defined
+
+    def mean(weights: Tensor) -> dict[str, Tensor]:
+        return {"silhouette": weights @ values / weights.sum(dim=1)}
+
+    return estimate(mean, len(sample), draws, seed) | found
+
+
+def _index(score: Callable, x: np.ndarray, y: np.ndarray) -> Any:
+    """A score that scikit-learn defines from two classes on, one of them of several items; else NaN."""
+    return score(x, y) if 1 < len(np.unique(y)) < len(y) else np.nan

@@ -1,21 +1,33 @@
 """The modality gap: where images and texts lie on the sphere, apart and among themselves."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import as_features, as_indices
+from protoclip_lab.evaluation.arrays import Estimate, as_features, as_indices, estimate
+from protoclip_lab.evaluation.probes import linear_probe
+from protoclip_lab.randomness import numpy_generator
+
+# Shares of the gap by which the sweep brings the modalities together; below 0 it takes them further apart.
+SWEEP = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+SWEPT = ("top1", "mean_recall", "image_to_text_R@1", "text_to_image_R@1")
 
 
-def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None) -> dict[str, float]:
+def modality_gap(
+    image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0
+) -> dict[str, Estimate]:
     """How far images and texts lie apart, and how far each spreads. Features are L2-normalised first.
 
     Args:
         image: (N, d).
         text: (M, d); M = N unless ``image_of_caption`` is given.
         image_of_caption: (M,) row of ``image`` that each caption belongs to; None pairs row with row.
+        draws, seed: resamples of the images, each with its captions, for 95 % intervals, see
+            :func:`~protoclip_lab.evaluation.arrays.estimate`.
 
     Returns:
         - "gap": Euclidean distance of the two means.
@@ -29,27 +41,93 @@ def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None) -> dict
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053).
     """
+    image, text, owner = (part.cpu() for part in _checked(image, text, image_of_caption))
+    image, text = image.double(), text.double()
+    pairs = (image[owner] * text).sum(dim=1, keepdim=True)
+    # Sums over each image's captions: the two modalities are resampled together.
+    parts = {"image": (image, torch.arange(len(image))), "text": (text, owner)}
+    sums = {
+        name: [
+            torch.zeros(len(image), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
+            for values in (x, x.square(), torch.ones(len(x), 1, dtype=torch.float64))
+        ]
+        for name, (x, rows) in parts.items()
+    }
+    paired = torch.zeros(len(image), 1, dtype=torch.float64).index_add_(0, owner, pairs)
+
+    def under(weights: Tensor) -> dict[str, Tensor]:
+        found, means = {}, []
+        for name, (total, squares, items) in sums.items():
+            count = weights @ items
+            mean, square = weights @ total / count, weights @ squares / count
+            means.append(mean)
+            found[f"{name}_std"] = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+            # The squared norm of the sum holds every ordered pair once, and each item with itself and its copies.
+            same, copies = (weights.square() @ s for s in (squares.sum(dim=1), items[:, 0]))
+            others = count[:, 0].square() - copies
+            similarity = ((mean * count).square().sum(dim=1) - same) / others
+            found[f"{name}_self_similarity"] = torch.where(others > 0, similarity, torch.nan)
+        found["pair_similarity"] = (weights @ paired / count)[:, 0]  # a caption, a pair
+        return {"gap": (means[0] - means[1]).norm(dim=1), **found}
+
+    return estimate(under, len(image), draws, seed, centred=True)
+
+
+def separability(
+    image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0
+) -> dict[str, Estimate]:
+    """How well a hyperplane tells images from texts, in percent; 50 is chance.
+
+    A linear probe learns on half of the images and their captions and is asked about the other half. Both
+    modalities count the same, however many captions an image has.
+
+    Args and errors as :func:`modality_gap`. Returns "separability"; NaN for a single image.
+    """
+    image, text, owner = _checked(image, text, image_of_caption)
+    half = np.zeros(len(image), dtype=bool)
+    half[numpy_generator(seed, "separability").permutation(len(image))[: len(image) // 2]] = True
+    features = torch.cat([image, text])
+    is_text = np.arange(len(features)) >= len(image)
+    train = np.concatenate([half, half[owner.cpu().numpy()]])
+    if not train.any() or len(set(is_text[~train])) < 2:
+        return {"separability": Estimate(np.nan)}
+    parts = features[train], is_text[train], features[~train], is_text[~train]
+    return {"separability": linear_probe(*parts, seed=seed, draws=draws)["mean_per_class"]}
+
+
+def moved(image: Any, text: Any, share: float) -> tuple[Tensor, Tensor]:
+    """Both modalities moved along the gap towards each other, ``share`` of it together, and normalised again.
+
+    At 1 their means meet (before they are normalised), at -1 the gap is twice as wide.
+
+    Args:
+        image, text: (N, d), (M, d); L2-normalised first.
+
+    Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053), section 4.
+    """
+    image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
+    step = share / 2 * (image.mean(dim=0) - text.mean(dim=0))
+    return F.normalize(image - step, dim=1), F.normalize(text + step, dim=1)
+
+
+def gap_sweep(
+    image: Any, text: Any, measure: Callable[[Tensor, Tensor], dict[str, Estimate]], shares: Sequence[float] = SWEEP
+) -> dict[str, Estimate]:
+    """What zero-shot or retrieval gives with the modalities moved along the gap: see :func:`moved`.
+
+    Args:
+        measure: (image, text) -> values; those named in ``SWEPT`` are kept.
+
+    Returns:
+        Names such as "mean_recall@+0.25": brought together by a quarter of the gap.
+    """
+    found = {share: measure(*moved(image, text, share)) for share in shares}
+    return {f"{name}@{share:+.2f}": v for share, values in found.items() for name, v in values.items() if name in SWEPT}
+
+
+def _checked(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tensor, Tensor]:
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
     pairs = range(len(image)) if image_of_caption is None else image_of_caption
     if image.shape[1] != text.shape[1] or len(text) != len(pairs):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit for {len(pairs)} pairs")
-    pairs = torch.from_numpy(as_indices(pairs, len(text), len(image), "image_of_caption")).to(image.device)
-    means = [features.mean(dim=0, dtype=torch.float64) for features in (image, text)]
-    return {
-        "gap": float((means[0] - means[1]).norm()),
-        "image_self_similarity": _self_similarity(image),
-        "text_self_similarity": _self_similarity(text),
-        "pair_similarity": float((image[pairs] * text).sum(dim=1).mean()),
-        "image_std": float(image.std(dim=0, correction=0).mean()),
-        "text_std": float(text.std(dim=0, correction=0).mean()),
-    }
-
-
-def _self_similarity(features: Tensor) -> float:
-    # The squared norm of the sum holds every ordered pair once, and each item with itself.
-    items = len(features)
-    if items == 1:
-        return float("nan")
-    with_itself = features.square().sum(dtype=torch.float64)
-    all_pairs = features.sum(dim=0, dtype=torch.float64).square().sum()
-    return float((all_pairs - with_itself) / np.float64(items * (items - 1)))
+    return image, text, torch.from_numpy(as_indices(pairs, len(text), len(image), "image_of_caption"))

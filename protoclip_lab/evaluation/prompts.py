@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, as_features, as_indices, mean_per_class
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, accuracy, as_features, as_indices
 
 
 def classifier(
@@ -36,13 +36,14 @@ def classifier(
     return F.normalize(means, dim=1).T
 
 
-def zero_shot(image: Any, classifier: Any, labels: Any) -> dict[str, float]:
+def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """Accuracy of the nearest class by cosine, in percent.
 
     Args:
         image: (N, d).
         classifier: (d, C), a column a class.
         labels: (N,) whole numbers, 0 to C - 1.
+        draws, seed: resamples of the images for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`.
 
     Returns:
         "top1"; "top5" (all classes where there are fewer than five, so 100); "mean_per_class": top-1 averaged
@@ -61,8 +62,4 @@ def zero_shot(image: Any, classifier: Any, labels: Any) -> dict[str, float]:
     blocks = image.split(max(1, BLOCK_ELEMENTS // classes))
     top = torch.cat([(block @ classifier).topk(min(5, classes)).indices for block in blocks]).cpu().numpy()
     correct = top == labels[:, None]
-    return {
-        "top1": float(100 * correct[:, 0].mean()),
-        "top5": float(100 * correct.any(axis=1).mean()),
-        "mean_per_class": mean_per_class(correct[:, 0], labels),
-    }
+    return accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)

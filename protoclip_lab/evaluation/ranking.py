@@ -3,15 +3,16 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, as_features, as_indices
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, as_features, as_indices, estimate
 
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
 TIE = 1e-6
 
 
-def retrieval(image: Any, text: Any, image_of_caption: Any) -> dict[str, float]:
+def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """Recall at 1, 5 and 10, both ways, by cosine, in percent.
 
     A caption finds its image, an image any of its captions, among the first k. A tie counts against the model:
@@ -22,6 +23,8 @@ def retrieval(image: Any, text: Any, image_of_caption: Any) -> dict[str, float]:
         text: (M, d).
         image_of_caption: (M,) row of ``image`` that each caption belongs to. An image without captions is a
             candidate, but asks for none.
+        draws, seed: resamples of the images, each with its captions, for 95 % intervals; the candidates stay as they
+            are. See :func:`~protoclip_lab.evaluation.arrays.estimate`.
 
     Returns:
         "image_to_text_R@1", "…@5", "…@10", "text_to_image_R@1", "…@5", "…@10", and "mean_recall", the mean of the six.
@@ -46,7 +49,21 @@ def retrieval(image: Any, text: Any, image_of_caption: Any) -> dict[str, float]:
         scores[rows[:, None] == owner] = float("-inf")
         before_image[rows] = (scores >= best_own[rows, None] - TIE).sum(dim=1)
         before_text += (scores >= own_score - TIE).sum(dim=0)
-    asking = before_image[owner.unique()]
-    recalls = {f"image_to_text_R@{k}": 100 * float((asking < k).double().mean()) for k in DEPTHS}
-    recalls |= {f"text_to_image_R@{k}": 100 * float((before_text < k).double().mean()) for k in DEPTHS}
-    return {**recalls, "mean_recall": sum(recalls.values()) / len(recalls)}
+    owner = owner.cpu()
+    ones = torch.ones(len(text), dtype=torch.float64)
+    captions = torch.zeros(len(image), dtype=torch.float64).index_add_(0, owner, ones)
+    asking = (captions > 0).double()
+    # (N, 3) each: is an image's caption found, and how many of its captions find it, at each depth.
+    depths = torch.tensor(DEPTHS)
+    found_caption = (before_image.cpu()[:, None] < depths) * asking[:, None]
+    found_image = torch.zeros(len(image), len(DEPTHS), dtype=torch.float64)
+    found_image.index_add_(0, owner, (before_text.cpu()[:, None] < depths).double())
+
+    def under(weights: Tensor) -> dict[str, Tensor]:
+        to_text = 100 * (weights @ found_caption) / (weights @ asking)[:, None]
+        to_image = 100 * (weights @ found_image) / (weights @ captions)[:, None]
+        recalls = {f"image_to_text_R@{k}": column for k, column in zip(DEPTHS, to_text.T, strict=True)}
+        recalls |= {f"text_to_image_R@{k}": column for k, column in zip(DEPTHS, to_image.T, strict=True)}
+        return {**recalls, "mean_recall": torch.cat([to_text, to_image], dim=1).mean(dim=1)}
+
+    return estimate(under, len(image), draws, seed)

@@ -1,45 +1,59 @@
-"""Every measure that applies, over any number of data sets, for one model."""
+"""Every measure that applies, over any number of data sets, for one checkpoint: in one go, or as a run saves them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from protoclip_lab import encoders
+from protoclip_lab import clustering, encoders, prototypes
 from protoclip_lab.config import Settings, nearest_name
 from protoclip_lab.data import downstream, shapes
-from protoclip_lab.data.pairs import Pairs, prepare
+from protoclip_lab.data.downstream import CAPTIONED, KNOWN, Labelled, PairImages
+from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
 from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
-from protoclip_lab.runs import Run, pairs_of
+from protoclip_lab.evaluation.arrays import Estimate
+from protoclip_lab.prototypes import Prototypes
+from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
 
-MEASURES = ("zero_shot", "linear_probe", "knn", "grouping", "retrieval", "gap")
-# What a set must have for some of them.
+# What a set must have for a measure; the gap sweep takes whichever there is.
 NEEDS = {
-    "classes (images, or a table with label)": ("zero_shot", "linear_probe", "knn", "grouping"),
-    "train_images or train_where": ("linear_probe", "knn"),
-    "a table of captions": ("retrieval", "gap"),
+    "zero_shot": "classes (images, or a table with label)",
+    "linear_probe": "train_images or train_where",
+    "knn": "train_images or train_where",
+    "grouping": "classes (images, or a table with label)",
+    "retrieval": "a table of captions",
+    "gap": "a table of captions",
+    "gap_sweep": "",
 }
 TABLE_ONLY = ("image_root", "where", "train_where", "label")
+SEEDS = 3  # of the k-means that grouping is measured by
+# A set with a larger share of unreadable images is not measured.
+MAX_UNREADABLE = 0.05
 
 
 class EvaluationSet(Settings):
-    """One data set and what to measure on it: labelled ``images``, or a ``table`` of captions."""
+    """One data set and what to measure on it: labelled ``images``, a ``table`` of captions, or a known name."""
 
-    name: str = Field(description="what the results call it")
+    name: str = Field(description="what the results call it; with root one of the names of data/downstream.yaml")
+    root: str = Field("", description="data root that holds the set known by this name")
     images: str = Field("", description="folder of class folders, or a tar of the same")
     train_images: str = Field("", description="the same, to fit probes on")
     table: str = Field("", description="TSV, CSV, Parquet or folder of 01_prepare_data, with captions")
@@ -51,51 +65,74 @@ class EvaluationSet(Settings):
     label: str = Field("", description="column of the table with each image's class")
     classes: list[str] | str = Field("", description="class names in sorted order, a file of them, or a known set")
     templates: list[str] | str = Field(["a photo of a {}."], description="prompts with {}, or a known set's name")
+    scaling: Literal["standardise", "l2"] = Field("standardise", description="of features for the linear probe")
     measures: list[str] = Field(default_factory=list, description="what to measure; empty takes all that apply")
 
     @model_validator(mode="after")
     def _fit_together(self) -> EvaluationSet:
-        self.templates = downstream.templates(self.templates)
+        _check(self.measures)
+        if self.root and self.name not in KNOWN:
+            near = nearest_name(self.name, KNOWN)
+            raise ValueError(f"no data set is known as {self.name!r}; the nearest name is {near!r}")
+        if bool(self.root) + bool(self.images) + bool(self.table) != 1:
+            raise ValueError(f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
+        stray = [name for name in (() if self.table else TABLE_ONLY) if getattr(self, name)]
+        stray += ["train_images"] if self.train_images and not self.images else []
+        if stray:
+            raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
         # A file is read with the images: one that is missing is reported with them.
         if self.classes and not (isinstance(self.classes, str) and Path(self.classes).suffix):
             self.classes = downstream.class_names(self.classes)
-        if bool(self.images) == bool(self.table):
-            raise ValueError(f"evaluation set {self.name!r} needs images or a table, one of the two")
-        stray = [name for name in (TABLE_ONLY if self.images else ("train_images",)) if getattr(self, name)]
-        if stray:
-            other = "a table" if self.images else "images"
-            raise ValueError(f"{stray} of evaluation set {self.name!r} are for a set with {other}")
-        has = (self.images or self.label, self.train_images or self.train_where, self.table)
-        wanting = [need for need, found in zip(NEEDS, has, strict=True) if not found]
-        lacks = {measure: [need for need in wanting if measure in NEEDS[need]] for measure in MEASURES}
+        known = KNOWN[self.name] if self.root else {}
+        self.templates = downstream.templates(known.get("templates", self.templates))
+        has = self.images or self.label, self.train_images or self.train_where, self.table
         for measure in self.measures:
-            if measure not in MEASURES:
-                near = nearest_name(measure, MEASURES)
-                raise ValueError(f"unknown measure {measure!r} of {self.name!r}; the nearest valid name is {near!r}")
-            if lacks[measure]:
-                raise ValueError(f"measure {measure!r} of {self.name!r} needs {' and '.join(lacks[measure])}")
-        self.measures = self.measures or [measure for measure in MEASURES if not lacks[measure]]
+            # What a known set has is seen when it is opened.
+            if not self.root and measure in self.lacks(*has):
+                raise ValueError(f"measure {measure!r} of {self.name!r} needs {NEEDS[measure]}")
         return self
+
+    @staticmethod
+    def lacks(classes: Any, train: Any, captions: Any) -> list[str]:
+        """Measures that cannot be taken of a set without these."""
+        found = {"zero_shot": classes, "grouping": classes, "linear_probe": train, "knn": train}
+        found |= {"retrieval": captions, "gap": captions}
+        return [measure for measure, has in found.items() if not has]
+
+
+def _check(measures: Sequence[str]) -> None:
+    for measure in measures:
+        if measure not in NEEDS:
+            raise ValueError(f"unknown measure {measure!r}; the nearest valid name is {nearest_name(measure, NEEDS)!r}")
 
 
 def evaluate(
     model: encoders.TwoTowers,
     sets: Sequence[EvaluationSet | dict],
     *,
+    measures: Sequence[str] = (),
+    records: Sequence[Prototypes] = (),
     batch_size: int = 256,
     workers: int = 0,
     seed: int = 0,
+    draws: int = 1000,
     folder: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
     Args:
-        seed: of the probe's split and of k-means.
+        measures: what to measure of what a set asks for; none takes all.
+        records: the model's prototypes; grouping then tells how well they match the classes too.
+        seed: of the probe's split, of k-means and of the resamples.
+        draws: resamples of the test items for the 95 % intervals.
         folder: where prepared tables are kept for the next call; None prepares them anew each time.
+        cache: where features are kept for the next call, by fingerprint of model and data; None keeps none.
 
     Returns:
-        Rows such as ``{"dataset": "cifar10", "measure": "zero_shot_top1", "value": 31.4}``. A set with a missing
-        path gives none: a warning is logged that names it.
+        Rows such as ``{"dataset": "cifar10", "measure": "zero_shot_top1", "value": 31.4, "low": 30.2, "high": 32.7}``.
+        A set with a missing path, and one known by name that does not fit its class names, gives none: a warning is
+        logged that says what was looked for and how to get it.
 
     Raises:
         ValueError: a setting or data that do not fit; all sets are opened before the first image is encoded.
@@ -103,78 +140,172 @@ def evaluate(
     sets = [EvaluationSet.model_validate(given) for given in sets]
     if len({given.name for given in sets}) < len(sets):
         raise ValueError(f"evaluation sets need a name each, these are {[given.name for given in sets]}")
-    texts = partial(encoders.encode_texts, model, batch_size=batch_size)
-    images = partial(encoders.encode_images, model, batch_size=batch_size, workers=workers)
-    known: dict[str, Tensor] = {}
-
-    def features(items: downstream.ImageFiles | downstream.PairImages | Pairs) -> Tensor:
-        """Of images, or of the captions of pairs."""
-        if items.fingerprint not in known:
-            known[items.fingerprint] = texts(items.captions) if isinstance(items, Pairs) else images(items)
-        return known[items.fingerprint]
-
+    _check(measures)
+    features = _Features(model, batch_size, workers, Path(cache) if cache else None)
     with tempfile.TemporaryDirectory() as temporary:
-        opened = [_Opened(given, Path(folder or temporary)) for given in sets if _is_there(given)]
-        todo = [(data, measure) for data in opened for measure in data.given.measures]
+        opened = list(_open(sets, Path(folder or temporary)))
+        todo = [(data, m) for data in opened for m in data.measures if m in (measures or NEEDS)]
         rows = []
         for data, measure in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
-            for key, value in data.measure(measure, features, texts, seed).items():
+            for key, value in data.measure(measure, features, records, seed, draws).items():
+                numbers = {"value": value, "low": value.low, "high": value.high}
+                # JSON knows no NaN.
+                numbers = {name: None if math.isnan(number) else float(number) for name, number in numbers.items()}
                 name = key if key == measure else f"{measure}_{key}"
-                rows.append({"dataset": data.given.name, "measure": name, "value": value})
+                rows.append({"dataset": data.given.name, "measure": name, **numbers})
     return rows
 
 
-def _is_there(given: EvaluationSet) -> bool:
-    paths = (given.images, given.train_images, given.table, given.image_root, given.classes)
-    named = [Path(path).absolute() for path in paths if path and isinstance(path, str)]
-    missing = ", ".join(str(path) for path in named if not path.exists())
-    if missing:
-        log.warning("evaluation set %s is left out, put its data there or correct the path: %s", given.name, missing)
-    return not missing
+class _Features:
+    """Features of a model, made once and kept on disk where a cache is given."""
+
+    def __init__(self, model: encoders.TwoTowers, batch_size: int, workers: int, cache: Path | None) -> None:
+        self.image_encoder = partial(encoders.encode_images, model, batch_size=batch_size, workers=workers)
+        self.text_encoder = partial(encoders.encode_texts, model, batch_size=batch_size)
+        self.cache, self.mark = cache, encoders.fingerprint(model) if cache else ""
+        self.known: dict[str, dict[str, Tensor]] = {}
+
+    def images(self, images: downstream.Images) -> tuple[Tensor, Tensor]:
+        """z_I and h_I."""
+
+        def encode() -> dict[str, Tensor]:
+            found = self.image_encoder(images)
+            same = found.image_projection is found.image or found.image_projection.shape == found.image.shape
+            return {"z": found.image} | ({} if same else {"h": found.image_projection})
+
+        kept = self._kept(images.fingerprint, encode)
+        return kept["z"], kept.get("h", kept["z"])
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """z_T."""
+        return self._kept(fingerprint(texts, texts), lambda: {"z": self.text_encoder(texts)})["z"]
+
+    def _kept(self, mark: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if mark not in self.known:
+            file = self.cache and self.cache / f"{fingerprint([self.mark], [mark])[:32]}.safetensors"
+            if file and file.exists():
+                self.known[mark] = load_file(file)
+            else:
+                self.known[mark] = {name: part.contiguous() for name, part in encode().items()}
+                if file:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    partial_file = file.with_suffix(".partial")
+                    save_file(self.known[mark], partial_file)
+                    partial_file.replace(file)
+        return self.known[mark]
 
 
+@dataclass
 class _Opened:
-    """The images of a set; where it has them, the same with classes, and those to fit probes on."""
+    """What a set holds: test images with classes (several lists of them, in a few sets), train images, captions."""
 
-    def __init__(self, given: EvaluationSet, folder: Path) -> None:
-        self.given, self.folder = given, folder
-        self.test = self.train = None
-        if given.images:
-            self.test = downstream.from_classes(given.images, given.classes or None)
-            self.images = self.test.images
-            self.train = downstream.from_classes(given.train_images) if given.train_images else None
-        else:
-            pairs = self._prepare(given.where)
-            self.images = downstream.PairImages(pairs)
-            if given.label:
-                self.test = downstream.from_pairs(pairs, given.label, given.classes or None)
-            if given.label and given.train_where:
-                self.train = downstream.from_pairs(self._prepare(given.train_where), given.label)
-        if self.train and not self.train.images.paths.isdisjoint(self.images.paths):
-            raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
+    given: EvaluationSet
+    tests: list[Labelled]
+    train: Labelled | None
+    captions: PairImages | None
 
-    def _prepare(self, where: dict[str, Any]) -> Pairs:
-        arguments = self.given.model_dump(include={"image_root", "image_column", "caption_column"}) | {"where": where}
-        # Sets that differ in their labels alone share a preparation.
-        key = hashlib.sha256(json.dumps([self.given.table, arguments], sort_keys=True).encode()).hexdigest()[:16]
-        return prepare(self.given.table, self.folder / key, **arguments)
+    @property
+    def measures(self) -> list[str]:
+        """What is asked for and can be taken."""
+        lacks = EvaluationSet.lacks(self.tests, self.train, self.captions)
+        return [m for m in NEEDS if m not in lacks and m in (self.given.measures or NEEDS)]
 
-    def measure(self, measure: str, features: Callable, texts: Callable, seed: int) -> dict[str, float]:
-        image, images, test, train = features(self.images), self.images, self.test, self.train
-        if measure == "zero_shot":
-            weights = prompts.classifier(texts, test.class_names, self.given.templates)
-            return prompts.zero_shot(image, weights, test.labels)
+    def measure(self, measure: str, features: _Features, records: Sequence[Prototypes], seed: int, draws: int) -> dict:
+        options = {"seed": seed, "draws": draws}
+        found = {}
+        if self.captions and measure in ("retrieval", "gap", "gap_sweep"):
+            image, text = features.images(self.captions)[0], features.texts(self.captions.pairs.captions)
+            rank = partial(ranking.retrieval, image_of_caption=self.captions.image_of_caption, **options)
+            if measure == "retrieval":
+                return rank(image, text)
+            if measure == "gap":
+                options["image_of_caption"] = self.captions.image_of_caption
+                return gap.modality_gap(image, text, **options) | gap.separability(image, text, **options)
+            found = gap.gap_sweep(image, text, rank)
+        parts = [self._of_classes(measure, test, features, records, options) for test in self.tests]
+        for name in parts[0] if parts else ():
+            found[name] = Estimate(*np.mean([[part[name], part[name].low, part[name].high] for part in parts], axis=0))
+        return found
+
+    def _of_classes(self, measure: str, test: Labelled, features: _Features, records: Sequence, options: dict) -> dict:
+        z, h, labels = self._readable(test, features)
+        if measure in ("linear_probe", "knn"):
+            x, _, train_labels = self._readable(self.train, features)
+            # By name: train may lack a class, and then numbers them differently.
+            train_y, test_y = np.array(self.train.classes)[train_labels], np.array(test.classes)[labels]
+            if measure == "knn":
+                return probes.knn(x, train_y, z, test_y, **options)
+            return probes.linear_probe(x, train_y, z, test_y, scaling=self.given.scaling, **options)
         if measure == "grouping":
-            return clusters.grouping(image, test.labels, seed=seed)
-        if measure == "retrieval":
-            return ranking.retrieval(image, features(images.pairs), images.image_of_caption)
-        if measure == "gap":
-            return gap.modality_gap(image, features(images.pairs), image_of_caption=images.image_of_caption)
-        # By name: train may lack a class, and then numbers them differently.
-        train_y, test_y = (np.array(part.classes)[part.labels] for part in (train, test))
-        if measure == "knn":
-            return probes.knn(features(train.images), train_y, image, test_y)
-        return probes.linear_probe(features(train.images), train_y, image, test_y, seed=seed)
+            found = clusters.grouping(z, labels, seeds=SEEDS, **options) | clusters.separation(z, labels, **options)
+            if (own := prototypes.of_modality(records, "image")) is not None:
+                matched = clusters.agreement(clustering.nearest(h, own), labels, **options)
+                found |= {f"prototypes_{name}": value for name, value in matched.items()}
+            return found
+        weights = prompts.classifier(features.texts, test.class_names, self.given.templates)
+        if measure == "gap_sweep":
+            return gap.gap_sweep(z, weights.T, lambda x, w: prompts.zero_shot(x, w.T, labels, **options))
+        return prompts.zero_shot(z, weights, labels, **options)
+
+    def _readable(self, part: Labelled, features: _Features) -> tuple[Tensor, Tensor, np.ndarray]:
+        """z_I, h_I and labels of the images that could be read."""
+        z, h = features.images(part.images)
+        good = z.isfinite().all(dim=1)
+        lost = len(good) - int(good.sum())
+        if lost > MAX_UNREADABLE * len(good):
+            raise ValueError(f"{lost} of {len(good)} images of {self.given.name} have no finite features: see the log")
+        if lost:
+            log.warning("%d of %d images of %s are left out as unreadable", lost, len(good), self.given.name)
+        return z[good], h[good], part.labels[good.numpy()]
+
+
+def _open(sets: Sequence[EvaluationSet], folder: Path) -> Iterator[_Opened]:
+    for given in sets:
+        try:
+            yield _opened(given, folder)
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError) and not given.root:
+                raise
+            log.warning("evaluation set %s is left out: %s", given.name, error)
+
+
+def _opened(given: EvaluationSet, folder: Path) -> _Opened:
+    tests, train, captions = [], None, None
+    if given.root and given.name in CAPTIONED:
+        captions = PairImages(_prepared(downstream.captioned(given.name, given.root, folder), folder))
+    elif given.root:
+        tests = downstream.known(given.name, given.root)
+        try:
+            train = downstream.known(given.name, given.root, "train")[0]
+        except FileNotFoundError as missing:
+            if {"linear_probe", "knn"} & set(given.measures):
+                log.warning("evaluation set %s is not probed: %s", given.name, missing)
+    else:
+        paths = (given.images, given.train_images, given.table, given.image_root, given.classes)
+        named = [Path(path).absolute() for path in paths if path and isinstance(path, str)]
+        if missing := ", ".join(str(path) for path in named if not path.exists()):
+            raise FileNotFoundError(f"put its data there or correct the path: {missing}")
+    if given.images:
+        tests = [downstream.from_classes(given.images, given.classes or None)]
+        train = downstream.from_classes(given.train_images) if given.train_images else None
+    elif given.table:
+        names = {"table", "image_root", "image_column", "caption_column"}
+        table = given.model_dump(include=names)
+        pairs = _prepared({**table, "where": given.where}, folder)
+        captions = PairImages(pairs)
+        if given.label:
+            tests = [downstream.from_pairs(pairs, given.label, given.classes or None)]
+        if given.label and given.train_where:
+            train = downstream.from_pairs(_prepared({**table, "where": given.train_where}, folder), given.label)
+    if train and any(not train.images.paths.isdisjoint(test.images.paths) for test in tests):
+        raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
+    return _Opened(given, tests, train, captions)
+
+
+def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
+    # Sets that differ in their labels alone share a preparation.
+    key = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]
+    return prepare(arguments["table"], folder / key, **{k: v for k, v in arguments.items() if k != "table"})
 
 
 def default_sets(run: Run) -> list[dict[str, Any]]:
@@ -185,42 +316,140 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     """
     table = Path(pairs_of(run).source)
     if not table.with_name("shapes.json").exists():
-        raise ValueError(f"{run.path} was not trained on the shapes world: name what to evaluate on in `sets`")
+        raise ValueError(f"{run.path} was not trained on the shapes world: name what to evaluate on, and its data_root")
     world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
     factors = [{"name": f, "label": f, "templates": f"shapes/{f}", **world, **train} for f in shapes.FACTORS]
-    return [*factors, {"name": "shapes", "measures": ["retrieval", "gap"], **world}]
+    return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]
 
 
-def evaluate_run(
-    run: str | Path,
-    output: str | Path,
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path = "",
     *,
-    checkpoint: str | Path = "",
+    datasets: Sequence[str] = (),
+    measures: Sequence[str] = (),
+    data_root: str | Path = "",
     sets: Sequence[dict[str, Any]] = (),
     batch_size: int = 256,
     workers: int = 0,
     seed: int = 0,
+    draws: int = 1000,
 ) -> pd.DataFrame:
-    """Evaluate one checkpoint of a run and keep the rows in the run's ``evaluation.jsonl``.
+    """Evaluate a checkpoint and keep the rows in its run's ``evaluation.jsonl``, all of them as ``evaluation.csv``.
 
     Args:
-        output: folder for ``evaluation.csv`` and the prepared tables.
-        checkpoint: empty takes the latest.
-        sets: settings of :class:`EvaluationSet`; none takes :func:`default_sets`.
+        checkpoint: a run (its latest checkpoint is taken), a checkpoint folder, or what else
+            :func:`protoclip_lab.encoders.load` takes.
+        output: folder for ``evaluation.csv``, and for ``evaluation.jsonl`` where the checkpoint belongs to no run;
+            empty takes the run's.
+        datasets: names of ``data/downstream.yaml``; none takes all of them.
+        measures: what to measure where it applies; none takes all.
+        data_root: the folder that holds them.
+        sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
+            :func:`default_sets` are taken.
+        batch_size, workers, seed, draws: as for :func:`evaluate`.
 
     Returns:
-        A row for each data set and measure: episode, dataset, measure, value.
+        A row for each data set and measure: checkpoint, dataset, measure, value, low, high.
+
+    Raises:
+        ValueError: a checkpoint of no run without ``output``, unknown names, or nothing that could be evaluated.
+    """
+    run, source = _located(checkpoint)
+    if not (run or output):
+        raise ValueError(f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
+    chosen = _chosen(run, datasets, data_root, sets)
+    _check(measures)
+    home = run.path if run else Path(output)
+    model = encoders.load(source).to(encoders.best_device())
+    records = prototypes.load(source) if run else []
+    options = {"batch_size": batch_size, "workers": workers, "seed": seed, "draws": draws}
+    rows = evaluate(
+        model, chosen, measures=measures, records=records, folder=home / "sets", cache=home / "features", **options
+    )
+    if not rows:
+        raise ValueError(f"nothing was evaluated: none of {[given.name for given in chosen]} could be opened")
+    rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
+    kept = record_evaluations(home, rows)
+    folder = Path(output or home)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.to_csv(folder / "evaluation.csv", index=False)
+    return pd.DataFrame(rows)
+
+
+def watch(run: str | Path, show: Callable[[pd.DataFrame], None], *, interval: float = 5.0, **options: Any) -> None:
+    """Evaluate each checkpoint of a run as it appears, once, until the run is finished.
+
+    What ``evaluation.jsonl`` has is not made again, so that it may be stopped and started at will. A checkpoint is
+    there when its folder has its name; one whose files do not match their checksums is passed over.
+
+    Args:
+        show: called with all evaluations of the run when there are new ones, and at the start.
+        interval: seconds between looks.
+        options: of :func:`evaluate_checkpoint`.
     """
     run = Run(run)
-    checkpoint = run.checkpoint(checkpoint)
-    episode = json.loads((checkpoint / "trainer.json").read_text())["episode"]
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    options = {"batch_size": batch_size, "workers": workers, "seed": seed, "folder": output / "sets"}
-    found = evaluate(encoders.load(checkpoint).to(encoders.best_device()), sets or default_sets(run), **options)
-    rows = [{"episode": episode, **row} for row in found]
-    run.record_evaluations(rows)
-    table = pd.DataFrame(rows, columns=["episode", "dataset", "measure", "value"])
-    table.to_csv(output / "evaluation.csv", index=False)
-    return table
+    chosen = _chosen(run, *(options.get(name, ()) for name in ("datasets", "data_root", "sets")))
+    measures = options.get("measures") or NEEDS
+    _check(measures)
+    opened = _open(chosen, run.path / "sets")
+    wanted = {(data.given.name, m) for data in opened for m in data.measures if m in measures}
+    if not wanted:
+        raise ValueError(f"nothing to watch for: none of {[given.name for given in chosen]} could be opened")
+    damaged: set[Path] = set()
+    show(run.evaluations())
+    while True:
+        finished = run.finished  # asked first: when it is, the last checkpoint is there
+        for checkpoint in run.checkpoints():
+            rows = run.evaluations()
+            rows = rows[rows["checkpoint"] == checkpoint.name]
+            done = set(zip(rows["dataset"], map(_measure_of, rows["measure"]), strict=True))
+            if checkpoint in damaged or wanted <= done:
+                continue
+            if found := damaged_files(checkpoint):
+                log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(found))
+                damaged.add(checkpoint)
+                continue
+            evaluate_checkpoint(checkpoint, **options)
+            show(run.evaluations())
+        if finished:
+            return
+        time.sleep(interval)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Evaluation rows of one checkpoint to read: measures by data sets, "value [low, high]"."""
+
+    def text(row: Any) -> str:
+        interval = "" if pd.isna(row.low) else f" [{row.low:.4g}, {row.high:.4g}]"
+        return f"{row.value:.4g}{interval}"
+
+    texts = rows.assign(value=[text(row) for row in rows.itertuples()])
+    return texts.pivot_table(index="measure", columns="dataset", values="value", aggfunc="first", sort=False).fillna("")
+
+
+def _measure_of(name: str) -> str:
+    """The measure that a row's name begins with."""
+    return max((measure for measure in NEEDS if name == measure or name.startswith(f"{measure}_")), key=len, default="")
+
+
+def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
+    """The run a checkpoint belongs to, if any, and the checkpoint."""
+    path = Path(checkpoint)
+    if (path / "config.json").exists():
+        run = Run(path)
+        return run, run.checkpoint()
+    if path.parent.name == "checkpoints" and (path.parents[1] / "config.json").exists():
+        return Run(path.parents[1]), path
+    return None, checkpoint
+
+
+def _chosen(run: Run | None, datasets: Any, data_root: Any, sets: Any) -> list[EvaluationSet]:
+    if datasets and not data_root:
+        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
+    names = datasets or (KNOWN if data_root else ())
+    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
+    if not given and run is None:
+        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
+    return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import recall_score, top_k_accuracy_score
+from test_arrays import parts, written_out
 
 from protoclip_lab.evaluation import prompts, zero_shot
 
@@ -43,25 +44,42 @@ def test_template_without_place_for_the_name_is_refused():
         prompts.classifier(lambda texts: torch.ones(len(texts), 2), [], ["{}"])
 
 
+def problem(classes=9, rows=300):
+    """Columns of different length; class 0 has no image, others few. Also the cosines."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(6, classes)) * rng.uniform(0.1, 9, classes)
+    labels = rng.choice(classes, rows, p=np.arange(classes) / np.arange(classes).sum())
+    directions = weights / np.linalg.norm(weights, axis=0)
+    image = directions.T[labels] + 0.5 * rng.normal(size=(rows, 6))
+    return image, weights, labels, image / np.linalg.norm(image, axis=1, keepdims=True) @ directions
+
+
+def macro_recall(labels, predicted):
+    return 100 * recall_score(labels, predicted, labels=np.unique(labels), average="macro")
+
+
 @pytest.mark.parametrize("block", [1, 2**24])
 def test_accuracies_equal_scikit_learn(monkeypatch, block):
     monkeypatch.setattr(prompts, "BLOCK_ELEMENTS", block)
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(6, 9)).astype(np.float32) * rng.uniform(0.1, 9, 9).astype(np.float32)
-    labels = rng.choice(9, 300, p=np.arange(9) / 36)  # class 0 is empty
-    image = (weights / np.linalg.norm(weights, axis=0)).T[labels] + 0.5 * rng.normal(size=(300, 6))
-    scores = image @ (weights / np.linalg.norm(weights, axis=0))
+    image, weights, labels, scores = problem()
+    top1, top5 = (top_k_accuracy_score(labels, scores, k=k, labels=np.arange(9)) for k in (1, 5))
+    per_class = macro_recall(labels, scores.argmax(axis=1))
     found = zero_shot(image, weights, labels)
-    assert found == pytest.approx(
-        {
-            "top1": 100 * top_k_accuracy_score(labels, scores, k=1, labels=np.arange(9)),
-            "top5": 100 * top_k_accuracy_score(labels, scores, k=5, labels=np.arange(9)),
-            "mean_per_class": 100 * recall_score(labels, scores.argmax(axis=1), labels=range(1, 9), average="macro"),
-        },
-        abs=1e-4,
-    )
+    assert found == pytest.approx({"top1": 100 * top1, "top5": 100 * top5, "mean_per_class": per_class}, abs=1e-4)
     assert found["top1"] < found["top5"] < 100
     assert abs(found["top1"] - found["mean_per_class"]) > 0.1
+
+
+def test_interval_where_resamples_lack_a_class_equals_scikit_learn_on_copies():
+    image, weights, labels, scores = problem(rows=40)
+    assert np.bincount(labels)[1:].min() < 3
+    predicted = scores.argmax(axis=1)
+    found = zero_shot(image, weights, labels, draws=200, seed=3)
+    expected = written_out(lambda rows: macro_recall(labels[rows], predicted[rows]), 40, 200, 3)
+    assert parts(found["mean_per_class"]) == pytest.approx(expected, abs=1e-4)
+    top5 = np.any(np.argsort(-scores, axis=1)[:, :5] == labels[:, None], axis=1)
+    expected = written_out(lambda rows: 100 * top5[rows].mean(), 40, 200, 3)
+    assert parts(found["top5"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_below_five_classes_top5_takes_all():
@@ -75,7 +93,8 @@ def test_one_class_and_one_image_are_right():
 
 def test_constant_features_reach_chance():
     labels = np.repeat(np.arange(8), 5)
-    assert zero_shot(np.ones((40, 8)), np.eye(8), labels)["top1"] == pytest.approx(100 / 8)
+    found = zero_shot(np.ones((40, 8)), np.eye(8), labels)
+    assert found == pytest.approx({"top1": 100 / 8, "top5": 500 / 8, "mean_per_class": 100 / 8})
 
 
 def test_wrong_shapes_are_both_named():
@@ -83,7 +102,11 @@ def test_wrong_shapes_are_both_named():
         zero_shot(np.ones((4, 3)), np.ones((2, 3)), [0, 0, 0, 0])
     with pytest.raises(ValueError, match=r"labels has shape \(3,\), its features have 4 rows"):
         zero_shot(np.ones((4, 3)), np.eye(3), [0, 0, 0])
+
+
+def test_labels_that_name_no_column_are_refused():
     with pytest.raises(ValueError, match="labels is 3 in row 1: expected 0 to 2"):
         zero_shot(np.ones((2, 3)), np.eye(3), [0, 3])
-    with pytest.raises(ValueError, match="whole numbers"):
-        zero_shot(np.ones((2, 3)), np.eye(3), [0.0, 1.0])
+    for labels in ([0.0, 1.0], ["cat", "dog"]):
+        with pytest.raises(ValueError, match="whole numbers"):
+            zero_shot(np.ones((2, 3)), np.eye(3), labels)

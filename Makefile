@@ -26,7 +26,7 @@ lab: $(ready)
 	$(PY) -m jupyterlab notebooks
 
 notebooks: $(ready)
-	$(PY) -m protoclip_lab.config notebooks/03_train.ipynb
+	$(PY) tests/notebooks/parameters_cell.py notebooks/03_train.ipynb
 
 # The stamp is written last, so a set-up that was cut short is taken up again.
 .venv/.installed: pyproject.toml

@@ -2,9 +2,7 @@
 
 import difflib
 import inspect
-import json
 import math
-import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -29,11 +27,12 @@ class Settings(BaseModel):
             if name not in cls.model_fields:
                 near = nearest_name(name, cls.model_fields)
                 raise ValueError(f"unknown setting {name!r} of {cls.__name__}; the nearest valid name is {near!r}")
-            choices = _choices(cls.model_fields[name].annotation)
+            field = cls.model_fields[name]
+            choices = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
             if isinstance(value, str) and choices and value not in choices:
                 near = nearest_name(value, choices)
                 raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
-            for bound in cls.model_fields[name].metadata if isinstance(value, int | float) else ():
+            for bound in field.metadata if isinstance(value, int | float) else ():
                 near = min(max(getattr(bound, "ge", -math.inf), value), getattr(bound, "le", math.inf))
                 if near != value:
                     raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {near}")
@@ -63,9 +62,7 @@ class TrainConfig(Settings):
     workers: int = Field(1, ge=0, description="processes that read and augment images")
 
     # --- data
-    table: str = Field(
-        "shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes is drawn on the spot"
-    )
+    table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes draws its own")
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
     image_column: str = Field("filepath", description="column of image paths")
     caption_column: str = Field("title", description="column of captions")
@@ -93,9 +90,7 @@ class TrainConfig(Settings):
     episodes: int = Field(8, ge=1, description="number of episodes")
     episode_size: int | None = Field(3000, ge=1, description="pairs in an episode; None takes the whole table")
     infonce_warmup_episodes: int = Field(1, ge=0, description="first episodes by the alignment loss alone")
-    lit_start_episode: int | None = Field(
-        None, ge=1, description="from here on image tower locked, alignment loss alone"
-    )
+    lit_start_episode: int | None = Field(None, ge=1, description="from here on image tower locked, alignment alone")
 
     # --- losses
     alignment: Literal["infonce", "siglip"] = Field("infonce", description="loss between images and texts")
@@ -119,9 +114,7 @@ class TrainConfig(Settings):
     accumulation: int = Field(1, ge=1, description="forward passes in a step; the alignment loss spans all of them")
     lr: float = Field(1e-3, ge=0, description="base learning rate")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    text_lr: float | None = Field(
-        None, ge=0, description="base learning rate of all but the image tower; None takes lr"
-    )
+    text_lr: float | None = Field(None, ge=0, description="base lr of all but the image tower; None takes lr")
     text_start_episode: int = Field(1, ge=1, description="first episode in which all but the image tower learns")
     text_end_episode: int | None = Field(None, ge=1, description="episode at whose end its rate is 0; None is the last")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
@@ -154,10 +147,9 @@ class TrainConfig(Settings):
             most = max([1, *(k for ks in self.teacher_ks().values() for k in ks)])
             if most > size:
                 raise ValueError(f"k = {most} is more than episode_size = {size}; the nearest valid value is {size}")
-            start, warmup = self.lit_start_episode, self.infonce_warmup_episodes
-            if start is not None and start <= warmup:
-                after = f"infonce_warmup_episodes = {warmup}"
-                raise ValueError(f"lit_start_episode = {start} leaves no episode for prototypes after {after}")
+            if (self.lit_start_episode or math.inf) <= self.infonce_warmup_episodes:
+                start = f"lit_start_episode = {self.lit_start_episode}"
+                raise ValueError(f"{start} leaves no episode for prototypes after those of infonce_warmup_episodes")
         if self.text_end_episode is not None and self.text_end_episode < self.text_start_episode:
             raise ValueError(f"text_end_episode = {self.text_end_episode} lies before text_start_episode")
         if self.evaluate_every and not self.evaluation_sets:
@@ -198,36 +190,3 @@ def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) ->
     if name := next((name for name in settings if name not in known), None):
         raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")
     return function(**settings)
-
-
-def _choices(annotation: Any) -> list[str]:
-    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
-
-
-def parameters_cell() -> str:
-    """The source of notebook 03's parameters cell: one line a setting, as papermill's ``--help-notebook`` reads it."""
-    lines = []
-    for name, field in TrainConfig.model_fields.items():
-        kind = field.annotation.__args__[0] if isinstance(field.annotation, types.UnionType) else field.annotation
-        default, choices = field.get_default(call_default_factory=True), _choices(field.annotation)
-        # Strings in double quotes, as ruff formats them.
-        written = json.dumps(default) if isinstance(default, str) else repr(default)
-        meaning = "; one of ".join(filter(None, [field.description, ", ".join(choices)]))
-        lines.append(f"{name} = {written}  # type: {'str' if choices else kind.__name__} {meaning}")
-    return "\n".join(lines)
-
-
-def write_parameters_cell(notebook: str | Path) -> None:
-    """Replace the source of the one cell tagged ``parameters`` by :func:`parameters_cell`."""
-    import nbformat
-
-    document = nbformat.read(notebook, as_version=4)
-    (cell,) = [c for c in document.cells if "parameters" in c.metadata.get("tags", [])]
-    cell.source = parameters_cell()
-    nbformat.write(document, notebook)
-
-
-if __name__ == "__main__":
-    import sys
-
-    write_parameters_cell(sys.argv[1])

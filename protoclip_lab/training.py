@@ -137,7 +137,7 @@ class _Trainer:
         done, total = (self.first - 1) * self.steps, self.config.episodes * self.steps
         name, trackers = self.run.path.name, []
         if self.config.tensorboard:
-            trackers.append(TensorBoardTracker("tensorboard", self.run.path, purge_step=done or None))
+            trackers.append(TensorBoardTracker("tensorboard", self.run.path, purge_step=done + 1))
         if self.config.wandb:
             resumed = {"name": name, "id": name, "resume": "allow", "config": self.config.model_dump()}
             trackers.append(WandBTracker(self.config.wandb, **resumed))

@@ -1,7 +1,12 @@
-"""Small data and settings that several tests train on."""
+"""Small data and settings that several tests train on, and a checkpoint in the authors' format."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
 
 from protoclip_lab.data import shapes
 
@@ -71,3 +76,91 @@ def run_training(settings: dict[str, Any]) -> None:
     from protoclip_lab import training
 
     training.train(settings)
+
+
+def train_in_steps(settings: dict[str, Any], permits: Any) -> None:
+    """Train in this process; each episode waits for a permit of a semaphore."""
+    from unittest import mock
+
+    from protoclip_lab import training
+
+    real = training._Trainer._episode
+
+    def episode(*args: Any) -> None:
+        permits.acquire()
+        real(*args)
+
+    with mock.patch.object(training._Trainer, "_episode", episode):
+        training.train(settings)
+
+
+def record_rows(folder: Path, checkpoint: str, count: int) -> None:
+    """Record so many rows of one checkpoint, one after the other."""
+    from protoclip_lab.runs import record_evaluations
+
+    for index in range(count):
+        row = {"checkpoint": checkpoint, "dataset": "d", "measure": f"m{index}", "value": index / 7}
+        record_evaluations(folder, [row | {"low": None, "high": None}])
+
+
+TOWERS = {
+    "RN": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8, "patch_size": None},
+    "ViT": {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8},
+}
+
+
+def authors_checkpoint(
+    file: Path,
+    tower: str = "ViT",
+    *,
+    depth: int | None = 1,
+    prefix: str = "module.",
+    numpy_core: str = "_core",
+    vocabulary: int = 64,
+) -> tuple[nn.Module, nn.Sequential | None, nn.Sequential | None]:
+    """Write a checkpoint as the ProtoCLIP authors' code does; the CLIP model and heads whose weights it holds.
+
+    Args:
+        depth: hidden layers of the heads; None makes none.
+        prefix: of the weights' names; "module." is what DistributedDataParallel puts there.
+        numpy_core: the folder of NumPy that pickles name, "core" before NumPy 2.
+    """
+    from open_clip.model import CLIP
+
+    torch.manual_seed(3)
+    text = {"context_length": 16, "vocab_size": vocabulary, "width": 128, "heads": 2, "layers": 2}
+    clip, heads = CLIP(24, TOWERS[tower], text, quick_gelu=True), []
+    for _ in range(0 if depth is None else 2):
+        layers, width = [], 24
+        for _ in range(depth):
+            layers += [nn.Linear(width, 20), nn.BatchNorm1d(20), nn.ReLU()]
+            width = 20
+        heads.append(nn.Sequential(*layers, nn.Linear(width, 12)))
+    for module in nn.ModuleList([clip, *heads]).modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(values, 0.5, 1.5)
+    nn.init.constant_(clip.logit_scale, 3.25)
+    state = dict(clip.state_dict())
+    if heads:
+        state["logit_scale_proto"] = torch.tensor(2.5)
+        for name, head in zip(("image", "text"), heads, strict=True):
+            state |= {f"{name}_projection_head.{key}": value for key, value in head.state_dict().items()}
+    optimizer = {"state": {0: {"step": 7}}, "param_groups": [{"lr": np.float64(1e-3) / 3, "params": [0]}]}
+    content = {"epoch": 2, "name": "tiny", "state_dict": {prefix + name: value for name, value in state.items()}}
+    torch.save({**content, "optimizer": optimizer, "scaler": {"scale": 65536.0}}, file)
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(
+                name,
+                data.replace(b"numpy._core.", b"numpy.core.").replace(
+                    b"numpy.core.multiarray", f"numpy.{numpy_core}.multiarray".encode()
+                ),
+            )
+    assert f"numpy.{numpy_core}.multiarray\nscalar".encode() in file.read_bytes()
+    image_head, text_head = heads or (None, None)
+    for module in (clip, *heads):
+        module.eval()
+    return clip, image_head, text_head

@@ -1,13 +1,11 @@
 """Unknown and out-of-range settings raise and name the nearest valid one."""
 
-import ast
 import json
 
-import nbformat
 import pytest
 from pydantic import ValidationError
 
-from protoclip_lab.config import TrainConfig, parameters_cell, write_parameters_cell
+from protoclip_lab.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -51,36 +49,6 @@ def test_config_survives_json():
 
 def test_without_prototype_weight_there_are_no_internal_teachers():
     assert TrainConfig(proto_weight=0, teachers=[{"features": "x.npy", "name": "t"}]).teacher_ks() == {"t": [200]}
-
-
-def test_every_field_has_a_line_papermill_can_read(tmp_path):
-    from papermill.inspection import inspect_notebook
-
-    path = tmp_path / "n.ipynb"
-    cell = nbformat.v4.new_code_cell("old = 1", metadata={"tags": ["parameters"]})
-    nbformat.write(
-        nbformat.v4.new_notebook(
-            cells=[cell], metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}
-        ),
-        path,
-    )
-    write_parameters_cell(path)
-    found = inspect_notebook(str(path))
-    assert list(found) == list(TrainConfig.model_fields)
-    for name, parameter in found.items():
-        field = TrainConfig.model_fields[name]
-        assert ast.literal_eval(parameter["default"]) == field.get_default(call_default_factory=True)
-        assert parameter["help"].startswith(field.description)
-        assert parameter["inferred_type_name"] in {"int", "float", "str", "bool", "list", "dict"}
-
-
-def test_a_choice_lists_what_can_be_chosen():
-    assert "one of fp32, bf16, fp16" in parameters_cell() and "one of infonce, siglip" in parameters_cell()
-
-
-def test_parameter_lines_hold_one_equals_sign_and_one_hash():
-    for line in parameters_cell().splitlines():
-        assert line.count("=") == 1 and line.count("#") == 1, line
 
 
 def test_every_setting_says_what_it_means():

@@ -1,12 +1,13 @@
 """Towers from open_clip: made, locked, saved, and loaded by us and by open_clip alone."""
 
 import json
+import os
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import toy_settings, toy_table
+from helpers import TOWERS, authors_checkpoint, toy_settings, toy_table
 from PIL import Image
 
 from protoclip_lab import encoders
@@ -207,6 +208,141 @@ def test_encoding_leaves_the_mode_as_it_was_and_does_not_depend_on_the_batch_siz
     for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     alone = encoders.encode_images(model, [pairs.image(r) for r in rows], progress=False)
-    torch.testing.assert_close(alone, whole.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone.image, whole.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone.image_projection, whole.image_projection, rtol=1e-4, atol=1e-5)
+    assert alone.text is None and alone.text_projection is None
     texts = encoders.encode_texts(model, [pairs.caption(r) for r in rows], progress=False)
     torch.testing.assert_close(texts, whole.text, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unreadable_image_has_nan_features_and_is_named(caplog):
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("folder/1.png is not a readable image")
+            return super().__getitem__(index)
+
+    model = make(model="RN-micro")
+    found = encoders.encode_images(model, Broken(images()), batch_size=2)
+    whole = encoders.encode_images(model, images(), batch_size=2)
+    for part, expected in ((found.image, whole.image), (found.image_projection, whole.image_projection)):
+        assert part[1].isnan().all()
+        torch.testing.assert_close(part[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-6)
+    assert [record.getMessage() for record in caplog.records] == ["folder/1.png is not a readable image"]
+
+
+def test_fingerprint_tells_one_bit_of_a_weight_and_the_preprocessing_and_not_a_reload(tmp_path):
+    model = make(model="RN-micro")
+    folder = save(model, tmp_path / "checkpoint")
+    expected = encoders.fingerprint(encoders.load(folder))
+    assert encoders.fingerprint(encoders.load(folder)) == expected == encoders.fingerprint(model)
+    names = ["clip.visual.attnpool.c_proj.weight", "clip.visual.bn1.running_var", "image_head.0.bias"]
+    seen = {expected}
+    for name in names:
+        changed = encoders.load(folder)
+        changed.state_dict()[name].view(torch.int32).flatten()[-1] ^= 1
+        seen.add(encoders.fingerprint(changed))
+    about = json.loads((folder / "open_clip_config.json").read_text())
+    about["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    seen.add(encoders.fingerprint(encoders.load(folder)))
+    assert len(seen) == 5
+
+
+# --- weights of open_clip, by name
+
+
+def test_weights_of_a_named_open_clip_model_give_its_own_features(tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save(encoders.create(TrainConfig(model="RN-micro", seed=5)).clip.state_dict(), file)
+    plain, _, preprocess = open_clip.create_model_and_transforms("RN-micro", pretrained=str(file))
+    plain.eval()
+    ours = encoders.load(f"open_clip:RN-micro/{file}")
+    batch = torch.stack([ours.eval_transform(image) for image in images()])
+    assert torch.equal(batch, torch.stack([preprocess(image) for image in images()]))
+    tokens = open_clip.get_tokenizer("RN-micro")(CAPTIONS)
+    assert torch.equal(ours.tokenizer(CAPTIONS), tokens)
+    with torch.no_grad():
+        found = ours(batch, tokens)
+        assert torch.equal(found.image, plain.encode_image(batch, normalize=True))
+        assert torch.equal(found.text, plain.encode_text(tokens, normalize=True))
+    assert found.image_projection is found.image and found.text_projection is found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip:RN5O/openai", "does not know 'RN5O'; the nearest is 'RN50'"),
+        ("open_clip:RN50/opnai", "does not know 'opnai'; the nearest is 'openai'"),
+        ("open_clip:RN50", "write open_clip:NAME/TAG"),
+    ],
+)
+def test_unknown_names_and_tags_of_open_clip_name_the_nearest(name, message):
+    with pytest.raises(ValueError, match=message):
+        encoders.load(name)
+
+
+# --- checkpoints of the ProtoCLIP authors' code
+
+
+@pytest.mark.parametrize(
+    ("tower", "depth", "prefix", "numpy_core"),
+    [
+        ("RN", 1, "module.", "core"),
+        ("ViT", 0, "", "_core"),
+        ("ViT", 2, "module.", "_core"),
+        ("RN", None, "", "core"),
+    ],
+)
+def test_checkpoint_of_the_authors_gives_the_six_outputs_of_its_weights(tower, depth, prefix, numpy_core, tmp_path):
+    file = tmp_path / "epoch_2.pt"
+    clip, *heads = authors_checkpoint(file, tower, depth=depth, prefix=prefix, numpy_core=numpy_core)
+    model = encoders.load(file)
+    generator = torch.Generator().manual_seed(0)
+    size = TOWERS[tower]["image_size"]
+    batch = torch.randn(3, 3, size, size, generator=generator)
+    tokens = torch.randint(64, (3, 16), generator=generator)
+    with torch.no_grad():
+        raw = [clip.encode_image(batch), clip.encode_text(tokens)]
+        projected = raw if depth is None else [head(x) for head, x in zip(heads, raw, strict=True)]
+        expected = [torch.nn.functional.normalize(x, dim=1) for x in (*raw, *projected)]
+        for mine, theirs in zip(model(batch, tokens), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert model.clip.logit_scale.item() == 3.25
+    assert model.logit_scale_proto is None if depth is None else model.logit_scale_proto.item() == 2.5
+    assert not model.training and model.eval_transform(images()[0]).shape == (3, size, size)
+    assert model.tokenizer(CAPTIONS).shape == (2, 16)
+    # Another activation would show: QuickGELU it is, whatever the tower.
+    activations = {type(module).__name__ for module in model.modules() if "GELU" in type(module).__name__}
+    assert activations == {"QuickGELU"}
+
+
+class Canary:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_checkpoint_with_other_python_objects_is_refused_and_none_of_them_runs(tmp_path):
+    file = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": {}, "name": Canary(tmp_path / "sung")}, file)
+    with pytest.raises(Exception, match="mkdir"):
+        encoders.load(file)
+    assert not (tmp_path / "sung").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "sung").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {}, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}, {"state_dict": None}], ids=str
+)
+def test_a_pt_file_of_something_else_is_refused_saying_what_was_expected(content, tmp_path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is no checkpoint of the ProtoCLIP authors' code"):
+        encoders.load(tmp_path / "other.pt")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        encoders.load(tmp_path / "none.pt")

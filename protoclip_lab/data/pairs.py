@@ -260,16 +260,14 @@ def fingerprint(paths: Iterable[str], captions: Iterable[str]) -> str:
 
 
 def _select(rows: pa.Table, where: Mapping[str, Any], name: Path) -> pa.Table:
-    import pyarrow.compute as compute
-
     if not where and "split" in rows.column_names:
-        found = compute.unique(rows.column("split")).to_pylist()
+        found = rows["split"].unique().to_pylist()
         raise ValueError(f"{name} has a column 'split' with {found}: say which, e.g. where={{'split': {found[:1]}}}")
     for column, wanted in where.items():
         values = [str(v) for v in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        chosen = rows.filter(compute.is_in(rows.column(column), pa.array(values)))
+        chosen = rows.filter(pa.array([value in values for value in rows[column].to_pylist()], pa.bool_()))
         if not len(chosen):
-            found = compute.unique(rows.column(column)).to_pylist()[:10]
+            found = rows[column].unique().to_pylist()[:10]
             raise ValueError(f"no row of {name} has {column} = {wanted!r}; values there: {found}")
         rows = chosen
     return rows

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -73,28 +74,10 @@ FACTORS |= {"position": tuple(_PLACES), "background": ("plain", "striped", "dott
 # A caption takes either word; the first is the class name.
 _SYNONYMS = {"small": ("small", "little"), "large": ("large", "big")}
 
-TEMPLATES: tuple[str, ...] = (
-    "a {colour} {shape}",
-    "a {size} {shape}",
-    "a {shape} near the {position}",
-    "a {shape} at the {position} of the picture",
-    "a {shape} on a {background} background",
-    "a {shape}, {background} background",
-    "a picture of a {shape}",
-    "a {size} {colour} {shape}",
-    "a {colour} {shape} near the {position}",
-    "something {colour} near the {position}",
-    "something {size} on a {background} background",
-    "the {shape} at the {position} is {size}",
-)
-
-PROMPTS: dict[str, tuple[str, ...]] = {
-    "shape": ("a {}", "the {} in the picture", "a {} on a background"),
-    "colour": ("the {} shape", "something {}", "something {} on a background"),
-    "size": ("a {} shape", "something {}", "something {} on a background"),
-    "position": ("a shape at the {} of the picture", "a shape near the {}", "something near the {}"),
-    "background": ("a shape on a {} background", "something on a {} background", "a {} background"),
-}
+# Captions by template, and what a zero-shot classifier of a factor asks.
+_WORDS = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
+TEMPLATES: tuple[str, ...] = tuple(_WORDS["templates"])
+PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORDS["prompts"].items()}
 
 
 def _share(mask: Image.Image) -> np.ndarray:

@@ -6,15 +6,5 @@ from protoclip_lab.evaluation.probes import knn, linear_probe
 from protoclip_lab.evaluation.prompts import zero_shot
 from protoclip_lab.evaluation.ranking import retrieval
 
-__all__ = [
-    "agreement",
-    "gap_sweep",
-    "grouping",
-    "knn",
-    "linear_probe",
-    "modality_gap",
-    "retrieval",
-    "separability",
-    "separation",
-    "zero_shot",
-]
+__all__ = ["agreement", "gap_sweep", "grouping", "knn", "linear_probe"]
+__all__ += ["modality_gap", "retrieval", "separability", "separation", "zero_shot"]

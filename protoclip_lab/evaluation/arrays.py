@@ -99,7 +99,7 @@ def estimate(under: Under, items: int, draws: int, seed: int, *, centred: bool =
 
 
 def class_sums(values: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Columns added up by class: (B, N), (N,) int64 -> (B, count)."""
+    """Columns added up by class, or captions by image: (B, N), (N,) int64 -> (B, count)."""
     return values.new_zeros(len(values), count).index_add_(1, classes, values)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import Estimate, as_features, as_indices, estimate
+from protoclip_lab.evaluation.arrays import Estimate, as_features, as_indices, class_sums, estimate
 from protoclip_lab.evaluation.probes import linear_probe
 from protoclip_lab.randomness import numpy_generator
 
@@ -42,35 +42,32 @@ def modality_gap(
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053).
     """
     image, text, owner = (part.cpu() for part in _checked(image, text, image_of_caption))
-    image, text = image.double(), text.double()
-    pairs = (image[owner] * text).sum(dim=1, keepdim=True)
-    # Sums over each image's captions: the two modalities are resampled together.
-    parts = {"image": (image, torch.arange(len(image))), "text": (text, owner)}
-    sums = {
-        name: [
-            torch.zeros(len(image), values.shape[1], dtype=torch.float64).index_add_(0, rows, values)
-            for values in (x, x.square(), torch.ones(len(x), 1, dtype=torch.float64))
-        ]
-        for name, (x, rows) in parts.items()
-    }
-    paired = torch.zeros(len(image), 1, dtype=torch.float64).index_add_(0, owner, pairs)
+    count, width = image.shape
+    pairs = (image[owner] * text).double().sum(dim=1, keepdim=True)
+
+    def sums(x: Tensor, rows: Tensor) -> Tensor:
+        """Features, their squares and their number, by image: the two modalities are resampled together."""
+        x = x.double()
+        return class_sums(torch.cat([x, x.square(), torch.ones_like(x[:, :1])], dim=1).T, rows, count).T
+
+    images, texts, paired = sums(image, torch.arange(count)), sums(text, owner), class_sums(pairs.T, owner, count)[0]
+
+    def spread(name: str, by_image: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        total, squares, items = (weights @ by_image).tensor_split([width, 2 * width], dim=1)
+        mean = total / items
+        # The squared norm of the sum holds every ordered pair once, and each item with itself and its copies.
+        same, copies = (weights.square() @ s.sum(dim=1) for s in by_image[:, width:].tensor_split([width], dim=1))
+        others = items[:, 0].square() - copies
+        similarity = torch.where(others > 0, (total.square().sum(dim=1) - same) / others, torch.nan)
+        std = (squares / items - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+        return mean, {f"{name}_self_similarity": similarity, f"{name}_std": std}
 
     def under(weights: Tensor) -> dict[str, Tensor]:
-        found, means = {}, []
-        for name, (total, squares, items) in sums.items():
-            count = weights @ items
-            mean, square = weights @ total / count, weights @ squares / count
-            means.append(mean)
-            found[f"{name}_std"] = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
-            # The squared norm of the sum holds every ordered pair once, and each item with itself and its copies.
-            same, copies = (weights.square() @ s for s in (squares.sum(dim=1), items[:, 0]))
-            others = count[:, 0].square() - copies
-            similarity = ((mean * count).square().sum(dim=1) - same) / others
-            found[f"{name}_self_similarity"] = torch.where(others > 0, similarity, torch.nan)
-        found["pair_similarity"] = (weights @ paired / count)[:, 0]  # a caption, a pair
-        return {"gap": (means[0] - means[1]).norm(dim=1), **found}
+        (i_mean, i_spread), (t_mean, t_spread) = spread("image", images, weights), spread("text", texts, weights)
+        pair_similarity = (weights @ paired) / (weights @ texts[:, -1])
+        return {"gap": (i_mean - t_mean).norm(dim=1), "pair_similarity": pair_similarity, **i_spread, **t_spread}
 
-    return estimate(under, len(image), draws, seed, centred=True)
+    return estimate(under, count, draws, seed, centred=True)
 
 
 def separability(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, as_features, as_indices, estimate
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, as_features, as_indices, class_sums, estimate
 
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
@@ -38,9 +38,8 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
     owner = as_indices(image_of_caption, len(text), len(image), "image_of_caption")
     owner = torch.from_numpy(owner).to(image.device)
     own_score = (image[owner] * text).sum(dim=1)
-    best_own = own_score.new_full((len(image),), float("inf")).scatter_reduce(
-        0, owner, own_score, "amax", include_self=False
-    )
+    unasked = own_score.new_full((len(image),), float("inf"))
+    best_own = unasked.scatter_reduce(0, owner, own_score, "amax", include_self=False)
     # Wrong items that rank before the right one.
     before_text = torch.zeros(len(text), dtype=torch.int64, device=image.device)
     before_image = torch.empty(len(image), dtype=torch.int64, device=image.device)
@@ -49,21 +48,18 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
         scores[rows[:, None] == owner] = float("-inf")
         before_image[rows] = (scores >= best_own[rows, None] - TIE).sum(dim=1)
         before_text += (scores >= own_score - TIE).sum(dim=0)
-    owner = owner.cpu()
-    ones = torch.ones(len(text), dtype=torch.float64)
-    captions = torch.zeros(len(image), dtype=torch.float64).index_add_(0, owner, ones)
+    owner, depths = owner.cpu(), torch.tensor(DEPTHS)
+    captions = class_sums(torch.ones(1, len(text), dtype=torch.float64), owner, len(image))[0]
     asking = (captions > 0).double()
     # (N, 3) each: is an image's caption found, and how many of its captions find it, at each depth.
-    depths = torch.tensor(DEPTHS)
     found_caption = (before_image.cpu()[:, None] < depths) * asking[:, None]
-    found_image = torch.zeros(len(image), len(DEPTHS), dtype=torch.float64)
-    found_image.index_add_(0, owner, (before_text.cpu()[:, None] < depths).double())
+    found_image = class_sums((before_text.cpu() < depths[:, None]).double(), owner, len(image)).T
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         to_text = 100 * (weights @ found_caption) / (weights @ asking)[:, None]
         to_image = 100 * (weights @ found_image) / (weights @ captions)[:, None]
-        recalls = {f"image_to_text_R@{k}": column for k, column in zip(DEPTHS, to_text.T, strict=True)}
-        recalls |= {f"text_to_image_R@{k}": column for k, column in zip(DEPTHS, to_image.T, strict=True)}
-        return {**recalls, "mean_recall": torch.cat([to_text, to_image], dim=1).mean(dim=1)}
+        names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in DEPTHS]
+        recalls = torch.cat([to_text, to_image], dim=1)
+        return {**dict(zip(names, recalls.T, strict=True)), "mean_recall": recalls.mean(dim=1)}
 
     return estimate(under, len(image), draws, seed)

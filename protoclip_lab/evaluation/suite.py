@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,20 +30,18 @@ from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
 from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
 from protoclip_lab.evaluation.arrays import Estimate
 from protoclip_lab.prototypes import Prototypes
-from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
+from protoclip_lab.runs import CHECKSUMS, Run, damaged_files, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
 
-# What a set must have for a measure; the gap sweep takes whichever there is.
-NEEDS = {
-    "zero_shot": "classes (images, or a table with label)",
-    "linear_probe": "train_images or train_where",
-    "knn": "train_images or train_where",
-    "grouping": "classes (images, or a table with label)",
-    "retrieval": "a table of captions",
-    "gap": "a table of captions",
-    "gap_sweep": "",
-}
+
+def possible(classes: Any = True, train: Any = True, captions: Any = True) -> list[str]:
+    """The measures that can be taken of a set with classes, with images to fit probes on, with captions."""
+    needs = {"zero_shot": classes, "linear_probe": train, "knn": train, "grouping": classes}
+    needs |= {"retrieval": captions, "gap": captions, "gap_sweep": classes or captions}
+    return [measure for measure, found in needs.items() if found]
+
+
 TABLE_ONLY = ("image_root", "where", "train_where", "label")
 SEEDS = 3  # of the k-means that grouping is measured by
 # A set with a larger share of unreadable images is not measured.
@@ -70,7 +69,6 @@ class EvaluationSet(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> EvaluationSet:
-        _check(self.measures)
         if self.root and self.name not in KNOWN:
             near = nearest_name(self.name, KNOWN)
             raise ValueError(f"no data set is known as {self.name!r}; the nearest name is {near!r}")
@@ -86,24 +84,16 @@ class EvaluationSet(Settings):
         known = KNOWN[self.name] if self.root else {}
         self.templates = downstream.templates(known.get("templates", self.templates))
         has = self.images or self.label, self.train_images or self.train_where, self.table
-        for measure in self.measures:
-            # What a known set has is seen when it is opened.
-            if not self.root and measure in self.lacks(*has):
-                raise ValueError(f"measure {measure!r} of {self.name!r} needs {NEEDS[measure]}")
+        # What a known set has is seen when it is opened.
+        _check(self.measures, possible() if self.root else possible(*has), f" of {self.name!r}")
         return self
 
-    @staticmethod
-    def lacks(classes: Any, train: Any, captions: Any) -> list[str]:
-        """Measures that cannot be taken of a set without these."""
-        found = {"zero_shot": classes, "grouping": classes, "linear_probe": train, "knn": train}
-        found |= {"retrieval": captions, "gap": captions}
-        return [measure for measure, has in found.items() if not has]
 
-
-def _check(measures: Sequence[str]) -> None:
+def _check(measures: Sequence[str], valid: Sequence[str], where: str = "") -> None:
     for measure in measures:
-        if measure not in NEEDS:
-            raise ValueError(f"unknown measure {measure!r}; the nearest valid name is {nearest_name(measure, NEEDS)!r}")
+        if measure not in valid:
+            near = nearest_name(measure, valid)
+            raise ValueError(f"measure {measure!r}{where} is none of {valid}; the nearest valid name is {near!r}")
 
 
 def evaluate(
@@ -140,11 +130,11 @@ def evaluate(
     sets = [EvaluationSet.model_validate(given) for given in sets]
     if len({given.name for given in sets}) < len(sets):
         raise ValueError(f"evaluation sets need a name each, these are {[given.name for given in sets]}")
-    _check(measures)
+    _check(measures, possible())
     features = _Features(model, batch_size, workers, Path(cache) if cache else None)
     with tempfile.TemporaryDirectory() as temporary:
         opened = list(_open(sets, Path(folder or temporary)))
-        todo = [(data, m) for data in opened for m in data.measures if m in (measures or NEEDS)]
+        todo = [(data, m) for data in opened for m in data.measures if not measures or m in measures]
         rows = []
         for data, measure in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
             for key, value in data.measure(measure, features, records, seed, draws).items():
@@ -169,9 +159,8 @@ class _Features:
         """z_I and h_I."""
 
         def encode() -> dict[str, Tensor]:
-            found = self.image_encoder(images)
-            same = found.image_projection is found.image or found.image_projection.shape == found.image.shape
-            return {"z": found.image} | ({} if same else {"h": found.image_projection})
+            z, _, h, _ = self.image_encoder(images)
+            return {"z": z} if torch.equal(z, h) else {"z": z, "h": h}
 
         kept = self._kept(images.fingerprint, encode)
         return kept["z"], kept.get("h", kept["z"])
@@ -207,8 +196,8 @@ class _Opened:
     @property
     def measures(self) -> list[str]:
         """What is asked for and can be taken."""
-        lacks = EvaluationSet.lacks(self.tests, self.train, self.captions)
-        return [m for m in NEEDS if m not in lacks and m in (self.given.measures or NEEDS)]
+        can = possible(self.tests, self.train, self.captions)
+        return [measure for measure in can if measure in (self.given.measures or can)]
 
     def measure(self, measure: str, features: _Features, records: Sequence[Prototypes], seed: int, draws: int) -> dict:
         options = {"seed": seed, "draws": draws}
@@ -271,33 +260,26 @@ def _open(sets: Sequence[EvaluationSet], folder: Path) -> Iterator[_Opened]:
 
 def _opened(given: EvaluationSet, folder: Path) -> _Opened:
     tests, train, captions = [], None, None
-    if given.root and given.name in CAPTIONED:
-        captions = PairImages(_prepared(downstream.captioned(given.name, given.root, folder), folder))
-    elif given.root:
+    if given.root and given.name not in CAPTIONED:
         tests = downstream.known(given.name, given.root)
         try:
             train = downstream.known(given.name, given.root, "train")[0]
         except FileNotFoundError as missing:
-            if {"linear_probe", "knn"} & set(given.measures):
-                log.warning("evaluation set %s is not probed: %s", given.name, missing)
-    else:
-        paths = (given.images, given.train_images, given.table, given.image_root, given.classes)
-        named = [Path(path).absolute() for path in paths if path and isinstance(path, str)]
-        if missing := ", ".join(str(path) for path in named if not path.exists()):
-            raise FileNotFoundError(f"put its data there or correct the path: {missing}")
-    if given.images:
+            log.info("evaluation set %s is not probed: %s", given.name, missing)
+    elif given.images:
         tests = [downstream.from_classes(given.images, given.classes or None)]
         train = downstream.from_classes(given.train_images) if given.train_images else None
-    elif given.table:
-        names = {"table", "image_root", "image_column", "caption_column"}
-        table = given.model_dump(include=names)
-        pairs = _prepared({**table, "where": given.where}, folder)
-        captions = PairImages(pairs)
+    else:
+        names = {"table", "image_root", "image_column", "caption_column", "where"}
+        known = downstream.captioned(given.name, given.root, folder) if given.root else {}
+        table = given.model_dump(include=names) | known
+        captions = PairImages(_prepared(table, folder))
         if given.label:
-            tests = [downstream.from_pairs(pairs, given.label, given.classes or None)]
+            tests = [downstream.from_pairs(captions.pairs, given.label, given.classes or None)]
         if given.label and given.train_where:
-            train = downstream.from_pairs(_prepared({**table, "where": given.train_where}, folder), given.label)
-    if train and any(not train.images.paths.isdisjoint(test.images.paths) for test in tests):
+            pairs = _prepared(table | {"where": given.train_where}, folder)
+            train = downstream.from_pairs(pairs, given.label)
+    if train and any(not set(train.images.names).isdisjoint(test.images.names) for test in tests):
         raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
     return _Opened(given, tests, train, captions)
 
@@ -328,13 +310,9 @@ def evaluate_checkpoint(
     output: str | Path = "",
     *,
     datasets: Sequence[str] = (),
-    measures: Sequence[str] = (),
     data_root: str | Path = "",
     sets: Sequence[dict[str, Any]] = (),
-    batch_size: int = 256,
-    workers: int = 0,
-    seed: int = 0,
-    draws: int = 1000,
+    **options: Any,
 ) -> pd.DataFrame:
     """Evaluate a checkpoint and keep the rows in its run's ``evaluation.jsonl``, all of them as ``evaluation.csv``.
 
@@ -344,11 +322,10 @@ def evaluate_checkpoint(
         output: folder for ``evaluation.csv``, and for ``evaluation.jsonl`` where the checkpoint belongs to no run;
             empty takes the run's.
         datasets: names of ``data/downstream.yaml``; none takes all of them.
-        measures: what to measure where it applies; none takes all.
         data_root: the folder that holds them.
         sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
             :func:`default_sets` are taken.
-        batch_size, workers, seed, draws: as for :func:`evaluate`.
+        options: measures, batch_size, workers, seed, draws of :func:`evaluate`.
 
     Returns:
         A row for each data set and measure: checkpoint, dataset, measure, value, low, high.
@@ -359,15 +336,18 @@ def evaluate_checkpoint(
     run, source = _located(checkpoint)
     if not (run or output):
         raise ValueError(f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
-    chosen = _chosen(run, datasets, data_root, sets)
-    _check(measures)
+    if datasets and not data_root:
+        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
+    names = datasets or (KNOWN if data_root else ())
+    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
+    if not (given or run):
+        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
+    chosen = [EvaluationSet.model_validate(each) for each in given or default_sets(run)]
+    _check(options.get("measures", ()), possible())  # before a model is loaded
     home = run.path if run else Path(output)
     model = encoders.load(source).to(encoders.best_device())
     records = prototypes.load(source) if run else []
-    options = {"batch_size": batch_size, "workers": workers, "seed": seed, "draws": draws}
-    rows = evaluate(
-        model, chosen, measures=measures, records=records, folder=home / "sets", cache=home / "features", **options
-    )
+    rows = evaluate(model, chosen, records=records, folder=home / "sets", cache=home / "features", **options)
     if not rows:
         raise ValueError(f"nothing was evaluated: none of {[given.name for given in chosen]} could be opened")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
@@ -375,44 +355,40 @@ def evaluate_checkpoint(
     folder = Path(output or home)
     folder.mkdir(parents=True, exist_ok=True)
     kept.to_csv(folder / "evaluation.csv", index=False)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))
 
 
-def watch(run: str | Path, show: Callable[[pd.DataFrame], None], *, interval: float = 5.0, **options: Any) -> None:
+def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator[pd.DataFrame]:
     """Evaluate each checkpoint of a run as it appears, once, until the run is finished.
 
-    What ``evaluation.jsonl`` has is not made again, so that it may be stopped and started at will. A checkpoint is
-    there when its folder has its name; one whose files do not match their checksums is passed over.
+    It may be stopped and started at will: what was evaluated with the same options is marked in ``watched/``. A
+    checkpoint is there when its folder has its name; one whose files do not match their checksums is passed over.
 
     Args:
-        show: called with all evaluations of the run when there are new ones, and at the start.
         interval: seconds between looks.
         options: of :func:`evaluate_checkpoint`.
+
+    Yields:
+        All evaluations of the run: at the start, and whenever there are new ones.
     """
-    run = Run(run)
-    chosen = _chosen(run, *(options.get(name, ()) for name in ("datasets", "data_root", "sets")))
-    measures = options.get("measures") or NEEDS
-    _check(measures)
-    opened = _open(chosen, run.path / "sets")
-    wanted = {(data.given.name, m) for data in opened for m in data.measures if m in measures}
-    if not wanted:
-        raise ValueError(f"nothing to watch for: none of {[given.name for given in chosen]} could be opened")
-    damaged: set[Path] = set()
-    show(run.evaluations())
+    run, damaged = Run(run), set()
+    marks = run.path / "watched"
+    marks.mkdir(exist_ok=True)
+    yield run.evaluations()
     while True:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
         for checkpoint in run.checkpoints():
-            rows = run.evaluations()
-            rows = rows[rows["checkpoint"] == checkpoint.name]
-            done = set(zip(rows["dataset"], map(_measure_of, rows["measure"]), strict=True))
-            if checkpoint in damaged or wanted <= done:
+            look = json.dumps([checkpoint.name, (checkpoint / CHECKSUMS).read_text(), options], default=str)
+            mark = marks / hashlib.sha256(look.encode()).hexdigest()[:16]
+            if mark.exists() or checkpoint in damaged:
                 continue
             if found := damaged_files(checkpoint):
                 log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(found))
                 damaged.add(checkpoint)
                 continue
             evaluate_checkpoint(checkpoint, **options)
-            show(run.evaluations())
+            mark.touch()
+            yield run.evaluations()
         if finished:
             return
         time.sleep(interval)
@@ -429,11 +405,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return texts.pivot_table(index="measure", columns="dataset", values="value", aggfunc="first", sort=False).fillna("")
 
 
-def _measure_of(name: str) -> str:
-    """The measure that a row's name begins with."""
-    return max((measure for measure in NEEDS if name == measure or name.startswith(f"{measure}_")), key=len, default="")
-
-
 def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
     """The run a checkpoint belongs to, if any, and the checkpoint."""
     path = Path(checkpoint)
@@ -443,13 +414,3 @@ def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
     if path.parent.name == "checkpoints" and (path.parents[1] / "config.json").exists():
         return Run(path.parents[1]), path
     return None, checkpoint
-
-
-def _chosen(run: Run | None, datasets: Any, data_root: Any, sets: Any) -> list[EvaluationSet]:
-    if datasets and not data_root:
-        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
-    names = datasets or (KNOWN if data_root else ())
-    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
-    if not given and run is None:
-        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
-    return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

@@ -1,73 +1,68 @@
-"""Grouping against written-out formulas."""
-
-from math import comb, log
+"""Grouping and the classes' separation against scikit-learn and loops over all pairs."""
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn import metrics
 from sklearn.datasets import make_blobs
-from sklearn.metrics import adjusted_mutual_info_score
+from test_arrays import flat, written_out
 
 from protoclip_lab.clustering import kmeans
-from protoclip_lab.evaluation import agreement, grouping
+from protoclip_lab.evaluation import agreement, clusters, grouping, separation
 
 
 def reference(found, known):
-    table = np.array([[np.sum((found == c) & (known == y)) for y in np.unique(known)] for c in np.unique(found)])
-    rows, a, b = len(known), table.sum(axis=1), table.sum(axis=0)
-    same = sum(comb(int(n), 2) for n in table.flat)
-    same_a, same_b = (sum(comb(int(n), 2) for n in sizes) for sizes in (a, b))
-    expected = same_a * same_b / comb(rows, 2)
-    information = sum(
-        table[i, j] / rows * log(table[i, j] * rows / (a[i] * b[j]))
-        for i in range(len(a))
-        for j in range(len(b))
-        if table[i, j]
-    )
-    entropy = [-sum(n / rows * log(n / rows) for n in sizes) for sizes in (a, b)]
+    common = [max(np.sum((found == cluster) & (known == label)) for label in known) for cluster in np.unique(found)]
     return {
-        "ARI": (same - expected) / ((same_a + same_b) / 2 - expected),
-        "AMI": adjusted_mutual_info_score(found, known),
-        "NMI": information / np.mean(entropy),
-        "purity": sum(row.max() for row in table) / rows,
+        "ARI": metrics.adjusted_rand_score(known, found),
+        "AMI": metrics.adjusted_mutual_info_score(known, found),
+        "NMI": metrics.normalized_mutual_info_score(known, found),
+        "purity": sum(common) / len(known),
     }
 
 
-def test_agreement_equals_formulas_and_ignores_names():
+def labelings(rng, rows):
+    """Random, one group, every item its own, pairs, and the groups of the random one under other names."""
+    drawn = rng.integers(0, rng.integers(1, rows + 1), rows)
+    return drawn, np.zeros(rows), np.arange(rows), np.arange(rows) // 2, np.array(list("zebrafish-duck"))[drawn]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 14])
+def test_agreement_equals_scikit_learn(rows):
+    rng = np.random.default_rng(rows)
+    for _ in range(5):
+        for found in labelings(rng, rows):
+            for known in labelings(rng, rows):
+                assert agreement(found, known) == pytest.approx(reference(found, known), abs=1e-9)
+
+
+def test_interval_equals_agreement_of_repeated_labels():
     rng = np.random.default_rng(0)
-    known = rng.integers(0, 4, 200)
-    found = np.where(rng.random(200) < 0.6, known, rng.integers(0, 6, 200))
-    expected = reference(found, known)
-    assert agreement(found, known) == pytest.approx(expected, abs=1e-9)
-    words = np.array(["d", "a", "c", "b"])[known]
-    assert agreement(torch.from_numpy(5 - found), words) == pytest.approx(expected, abs=1e-9)
+    known = rng.integers(0, 4, 30)
+    found = np.where(rng.random(30) < 0.6, known, rng.integers(0, 6, 30))
+    expected = written_out(lambda rows: reference(found[rows], known[rows]), 30, 60, 2, centred=True)
+    assert flat(agreement(torch.from_numpy(found), known, draws=60, seed=2)) == pytest.approx(expected, abs=1e-9)
 
 
-def test_one_class_in_one_cluster_agrees_fully():
-    assert agreement([0, 0, 0], ["x", "x", "x"]) == {"ARI": 1, "AMI": 1, "NMI": 1, "purity": 1}
-
-
-def test_one_cluster_of_two_classes_says_nothing():
-    found = agreement([7, 7, 7, 7], [0, 0, 0, 1])
-    assert found == pytest.approx({"ARI": 0, "AMI": 0, "NMI": 0, "purity": 0.75})
-
-
-def test_clusters_of_blobs_are_their_classes():
-    features, labels = make_blobs(300, centers=np.eye(5)[:4] * 9, random_state=0)
-    assert grouping(features, labels) == pytest.approx({"ARI": 1, "AMI": 1, "NMI": 1, "purity": 1})
-
-
-def test_grouping_is_agreement_of_the_clusters_of_that_seed():
+@pytest.mark.parametrize("k", [None, 8])
+def test_grouping_is_agreement_of_the_clusters_of_that_seed(k):
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(200, 4)).astype(np.float32), rng.integers(0, 5, 200)
-    for k in (None, 8):
-        clusters = kmeans(torch.from_numpy(features), k or 5, seed=3)
-        assert grouping(features, labels, k, seed=3) == agreement(clusters.labels, labels)
+    found = kmeans(torch.from_numpy(features), k or 5, seed=3).labels.numpy()
+    assert grouping(features, labels, k, seed=3) == pytest.approx(reference(found, labels), abs=1e-9)
 
 
-def test_constant_features_group_nothing():
-    found = grouping(np.ones((12, 3)), [0, 1, 2] * 4)
-    assert found["ARI"] == pytest.approx(0, abs=1e-9)
+def test_grouping_of_three_seeds_is_mean_and_deviation_of_single_ones():
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(80, 4)), rng.integers(0, 5, 80)
+    found = grouping(features, labels, seed=4, seeds=3, draws=30)
+    groups = [kmeans(torch.from_numpy(features), 5, seed=seed).labels for seed in (4, 5, 6)]
+    single = [agreement(group, labels, draws=30, seed=4) for group in groups]
+    deviations = {name: found.pop(f"{name}_sd") for name in single[0]}
+    assert deviations == pytest.approx({n: np.std([one[n] for one in single], ddof=1) for n in single[0]}, abs=1e-9)
+    assert flat(found) == pytest.approx({n: np.mean([flat(one)[n] for one in single]) for n in flat(found)}, abs=1e-9)
+    assert min(deviations.values()) > 0
 
 
 def test_lengths_that_differ_are_refused():
@@ -77,3 +72,54 @@ def test_lengths_that_differ_are_refused():
         agreement([], [])
     with pytest.raises(ValueError, match="k = 4"):
         grouping(np.eye(3), [0, 1, 2], 4)
+
+
+def separated(x, y, rows=None):
+    """Of the items in ``rows``; an item is no pair with its copies."""
+    rows = np.arange(len(x)) if rows is None else rows
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y)
+    sphere = x / np.linalg.norm(x, axis=1, keepdims=True)
+    pairs = [(i, j) for i in rows for j in rows if i != j]
+    cosines = ([sphere[i] @ sphere[j] for i, j in pairs if (y[i] == y[j]) == same] for same in (True, False))
+    within, between = (np.mean(values) if values else np.nan for values in cosines)
+    found = {"within_similarity": within, "between_similarity": between, "similarity_ratio": within / between}
+    for name in ("silhouette", "davies_bouldin", "calinski_harabasz"):
+        score = getattr(metrics, f"{name}_score")
+        found[name] = score(x[rows], y[rows]) if 1 < len(set(y[rows])) < len(rows) else np.nan
+    return found
+
+
+RANDOM = np.random.default_rng(0).normal((1, 2, 3), size=(24, 3))
+CLASSES = np.array(["owl", "ant", "elk"])[np.random.default_rng(1).integers(0, 3, 24)]
+LABELINGS = {"words": CLASSES, "one class": [0] * 24, "one item a class": range(24), "an item apart": [0] * 23 + [1]}
+SEPARATIONS = {name: (RANDOM, list(y)) for name, y in LABELINGS.items()}
+SEPARATIONS |= {"one": (RANDOM[:1], [7]), "two": (RANDOM[:2], [0, 0]), "constant": (np.ones((6, 2)), [0, 1] * 3)}
+
+
+@pytest.mark.parametrize("name", SEPARATIONS)
+def test_separation_equals_scikit_learn_and_loops_over_pairs(name):
+    assert separation(*SEPARATIONS[name]) == pytest.approx(separated(*SEPARATIONS[name]), abs=1e-4, nan_ok=True)
+
+
+def test_interval_equals_separation_of_repeated_items():
+    found = separation(RANDOM, CLASSES, draws=40, seed=5)
+    found.pop("silhouette")
+    expected = written_out(lambda rows: separated(RANDOM, CLASSES, rows), 24, 40, 5, centred=True)
+    assert flat(found) == pytest.approx({name: expected[name] for name in flat(found)}, abs=1e-4)
+
+
+def test_interval_of_the_silhouette_is_that_of_a_mean_over_items():
+    values = metrics.silhouette_samples(RANDOM, CLASSES)
+    found = separation(RANDOM, CLASSES, draws=4000)["silhouette"]
+    options = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(1)}
+    expected = stats.bootstrap((values,), np.mean, **options).confidence_interval
+    assert [found.low, found.high] == pytest.approx([*expected], abs=0.2 * stats.sem(values))
+
+
+def test_silhouette_of_many_items_is_of_a_sample_that_the_seed_draws(monkeypatch):
+    x, y = make_blobs(400, centers=3, cluster_std=3, random_state=0)
+    whole = separation(x, y)["silhouette"]
+    monkeypatch.setattr(clusters, "SILHOUETTE_ITEMS", 100)
+    drawn = [separation(x, y, seed=seed)["silhouette"] for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len({whole, *drawn}) == 4
+    assert drawn == pytest.approx([whole] * 4, abs=0.1)

@@ -1,77 +1,119 @@
-"""The modality gap against loops over all pairs."""
+"""The modality gap against loops over all pairs, and what moving along it does."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_arrays import flat, written_out
 
-from protoclip_lab.evaluation import modality_gap
-
-
-def reference(image, text, owner):
-    image = np.array([row / np.linalg.norm(row) for row in image.astype(np.float64)])
-    text = np.array([row / np.linalg.norm(row) for row in text.astype(np.float64)])
-
-    def similarity(x):
-        cosines = [float(a @ b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j]
-        return sum(cosines) / len(cosines)
-
-    return {
-        "gap": math.dist(image.mean(axis=0), text.mean(axis=0)),
-        "image_self_similarity": similarity(image),
-        "text_self_similarity": similarity(text),
-        "pair_similarity": np.mean([float(image[i] @ t) for i, t in zip(owner, text, strict=True)]),
-        "image_std": np.mean([np.std(column) for column in image.T]),
-        "text_std": np.mean([np.std(column) for column in text.T]),
-    }
+from protoclip_lab.evaluation import gap, gap_sweep, modality_gap, retrieval, separability, zero_shot
 
 
-@pytest.mark.parametrize("shift", [0.0, 3.0])
-def test_gap_equals_loops_over_pairs(shift):
-    rng = np.random.default_rng(0)
-    image = (rng.normal(size=(40, 6)) * 5).astype(np.float32)
-    text = (rng.normal(size=(40, 6)) + shift).astype(np.float32)
-    assert modality_gap(image, text) == pytest.approx(reference(image, text, range(40)), abs=1e-5)
-    assert modality_gap(torch.from_numpy(image), torch.from_numpy(text)) == modality_gap(image, text)
+def unit(x):
+    return np.array([row / np.linalg.norm(row) for row in np.asarray(x, dtype=np.float64)])
 
 
-def test_several_captions_of_an_image_count_the_image_once():
+def reference(image, text, owner, rows=None):
+    """Of the images in ``rows``, with their captions; an item is no pair with itself, nor with its copies."""
+    image, text = unit(image), unit(text)
+    rows = range(len(image)) if rows is None else rows
+    captions = [caption for row in rows for caption in np.flatnonzero(np.asarray(owner) == row)]
+
+    found = {"gap": math.dist(image[rows].mean(axis=0), text[captions].mean(axis=0))}
+    found["pair_similarity"] = np.mean([image[owner[caption]] @ text[caption] for caption in captions])
+    for name, x, items in (("image", image, rows), ("text", text, captions)):
+        cosines = [x[i] @ x[j] for i in items for j in items if i != j]
+        found[f"{name}_self_similarity"] = np.mean(cosines) if cosines else math.nan
+        found[f"{name}_std"] = np.mean([np.std(column) for column in x[items].T])
+    return found
+
+
+def problem(images=8, captions=20):
+    """Some images have several captions, image 0 has none."""
     rng = np.random.default_rng(1)
-    image, text = rng.normal(size=(7, 5)), rng.normal(size=(20, 5))
-    owner = rng.integers(0, 7, 20)
-    found = modality_gap(image, text, image_of_caption=owner)
-    assert found == pytest.approx(reference(image, text, owner), abs=1e-5)
+    image, text = rng.normal(size=(images, 5)) * 5, rng.normal(size=(captions, 5)) + 1
+    return image, text, rng.integers(1, images, captions)
 
 
-def test_opposite_features_keep_the_sign():
-    found = modality_gap(np.array([[1.0, 0], [-1, 0]]), np.array([[0.0, 2], [0, 2]]))
-    assert found["image_self_similarity"] == pytest.approx(-1)
-    assert found["text_self_similarity"] == pytest.approx(1)
-    assert found["gap"] == pytest.approx(1)
+ALONE, OPPOSITE = np.array([[3.0, 4]]), np.array([[1.0, 0], [-1, 0]])
+PROBLEMS = {
+    "captions": problem(),
+    "pairs": (*problem(40, 40)[:2], range(40)),
+    "constant": (np.ones((6, 3)), -np.ones((6, 3)), range(6)),
+    "one pair": (ALONE, ALONE + 1, [0]),
+    "opposite": (OPPOSITE, OPPOSITE[:, ::-1].copy(), range(2)),
+    "one caption": (OPPOSITE, ALONE, [1]),
+}
 
 
-def test_single_item_has_no_self_similarity():
-    found = modality_gap(np.array([[3.0, 4]]), np.array([[3.0, 4]]))
-    assert math.isnan(found["image_self_similarity"]) and math.isnan(found["text_self_similarity"])
-    assert found["gap"] == pytest.approx(0) and found["pair_similarity"] == pytest.approx(1)
-    assert found["image_std"] == 0
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gap_equals_loops_over_pairs(name):
+    image, text, owner = PROBLEMS[name]
+    expected = pytest.approx(reference(image, text, owner), abs=1e-4, nan_ok=True)
+    assert modality_gap(image, text, image_of_caption=owner) == expected
+    if isinstance(owner, range):
+        assert modality_gap(torch.from_numpy(image), torch.from_numpy(text)) == expected
+
+
+def test_interval_equals_images_repeated_with_their_captions():
+    image, text, owner = problem()
+    found = modality_gap(image, text, image_of_caption=owner, draws=40, seed=2)
+    expected = written_out(lambda rows: reference(image, text, owner, rows), 8, 40, 2, centred=True)
+    assert flat(found) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("text", [np.ones((3, 2)), np.ones((2, 3))])
-def test_shapes_that_do_not_fit_are_both_named(text):
+@pytest.mark.parametrize("measure", [modality_gap, separability])
+def test_shapes_that_do_not_fit_are_both_named(measure, text):
     with pytest.raises(ValueError, match=r"image \(3, 3\) and text \("):
-        modality_gap(np.ones((3, 3)), text)
+        measure(np.ones((3, 3)), text)
 
 
-def test_nan_is_refused_with_its_row():
-    image = np.ones((4, 2))
-    image[2, 1] = np.nan
-    with pytest.raises(ValueError, match="image has NaN or Inf, first in row 2"):
-        modality_gap(image, np.ones((4, 2)))
+@pytest.mark.parametrize("captions", [1, 9])
+def test_separability_is_half_for_the_same_features_and_full_for_parted_ones(captions):
+    rng = np.random.default_rng(0)
+    image, owner = rng.normal(size=(40, 8)), np.repeat(np.arange(40), captions)
+    image[:, 0] = 30
+    assert separability(image, image[owner], image_of_caption=owner)["separability"] == 50
+    assert separability(image, image[owner] * -1, image_of_caption=owner)["separability"] == 100
 
 
-def test_read_only_memory_is_taken():
-    image = np.ones((3, 2), dtype=np.float32)
-    image.flags.writeable = False
-    assert modality_gap(image, image)["gap"] == pytest.approx(0)
+def test_separability_is_the_share_of_unseen_items_on_their_side():
+    exchanged = np.arange(1000) % 5 == 0  # of these the image is where texts are, and the text where images are
+    ends = np.array([[1.0, 0.2], [0.2, 1]])
+    found = separability(ends[exchanged.astype(int)], ends[1 - exchanged], draws=100)["separability"]
+    assert found == pytest.approx(80, abs=4) and found.low < 80 < found.high
+    noise = np.random.default_rng(0).normal(size=(2, 60, 100))  # more dimensions than items: what is seen is learnt
+    assert separability(*noise)["separability"] < 75
+
+
+def test_single_image_has_no_separability():
+    assert math.isnan(separability(ALONE, ALONE)["separability"])
+    assert math.isnan(separability(ALONE, OPPOSITE, image_of_caption=[0, 0])["separability"])
+
+
+def test_moved_equals_its_formula_where_means_meet_at_1_and_the_gap_doubles_at_minus_1():
+    image, text, _ = problem()
+    way = unit(image).mean(axis=0) - unit(text).mean(axis=0)
+    for share in (-1, 0.25, 1):
+        expected = unit(image) - share / 2 * way, unit(text) + share / 2 * way
+        np.testing.assert_allclose(expected[0].mean(axis=0) - expected[1].mean(axis=0), (1 - share) * way, atol=1e-9)
+        for found, before in zip(gap.moved(image, text, share), expected, strict=True):
+            np.testing.assert_allclose(found.numpy(), unit(before), atol=1e-5)
+
+
+def test_sweep_measures_what_is_moved():
+    image, text, owner = problem(40, 90)
+    text += image[owner]
+    measures = {
+        lambda image, text: zero_shot(image, text[:7].T, np.arange(40) % 7): {"top1"},
+        lambda image, text: retrieval(image, text, owner): {"mean_recall", "image_to_text_R@1", "text_to_image_R@1"},
+    }
+    for measure, names in measures.items():
+        found, unmoved, apart = gap_sweep(image, text, measure), measure(image, text), gap.moved(image, text, -0.75)
+        assert found.keys() == {f"{name}@{share / 4:+.2f}" for name in names for share in range(-4, 5)}
+        for name in names:
+            assert found[f"{name}@+0.00"] == pytest.approx(unmoved[name], abs=1e-4)
+            assert found[f"{name}@-0.75"] == measure(*apart)[name]
+        assert len(set(found.values())) > len(names)

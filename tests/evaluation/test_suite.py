@@ -34,7 +34,8 @@ def encoded(monkeypatch):
 
     def encode_images(model, images, **options):
         calls.append(("images", len(images)))
-        return F.normalize(torch.stack([image_feature(images[i]) for i in range(len(images))]), dim=1)
+        z = F.normalize(torch.stack([image_feature(images[i]) for i in range(len(images))]), dim=1)
+        return encoders.Outputs(z, None, z, None)
 
     def encode_texts(model, captions, **options):
         calls.append(("texts", len(captions)))
@@ -63,6 +64,19 @@ def folders(tmp_path_factory):
     return root
 
 
+GROUPING = {
+    *(f"grouping_{key}{of}" for key in ("ARI", "AMI", "NMI", "purity") for of in ("", "_sd")),
+    *(f"grouping_{key}" for key in ("silhouette", "davies_bouldin", "calinski_harabasz")),
+    *(f"grouping_{key}" for key in ("within_similarity", "between_similarity", "similarity_ratio")),
+}
+GAP = {
+    "gap",
+    *(f"gap_{of}_{key}" for of in ("image", "text") for key in ("self_similarity", "std")),
+    *("gap_pair_similarity", "gap_separability"),
+}
+SWEPT = ("mean_recall", "image_to_text_R@1", "text_to_image_R@1")
+
+
 def values(rows, dataset):
     return {row["measure"]: row["value"] for row in rows if row["dataset"] == dataset}
 
@@ -74,7 +88,8 @@ def test_labelled_images_get_the_measures_of_labels(encoded, folders):
         *(f"zero_shot_{key}" for key in ("top1", "top5", "mean_per_class")),
         *(f"linear_probe_{key}" for key in ("accuracy", "mean_per_class", "strength")),
         *(f"knn_{key}" for key in ("accuracy", "mean_per_class")),
-        *(f"grouping_{key}" for key in ("ARI", "AMI", "NMI", "purity")),
+        *GROUPING,
+        *(f"gap_sweep_top1@{share:+.2f}" for share in np.arange(-1, 1.25, 0.25)),
     }
     assert found["linear_probe_accuracy"] > 90
     assert encoded.count(("images", 18)) == 1 and encoded.count(("images", 36)) == 1
@@ -95,7 +110,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
         prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split}, progress=False)
         for split in ("test", "train")
     )
-    image, train_image = (encoders.encode_images(None, [p.image(i) for i in range(len(p))]) for p in (test, train))
+    image, train_image = (encoders.encode_images(None, [p.image(i) for i in range(len(p))]).image for p in (test, train))
     text = encoders.encode_texts(None, test.captions)
     classes = sorted(set(test.column("colour")))
     weights = prompts.classifier(lambda t: encoders.encode_texts(None, t), classes, shapes.PROMPTS["colour"])
@@ -118,8 +133,11 @@ def test_image_with_several_captions_is_encoded_once(encoded, table, tmp_path):
     assert encoded == [("images", 5), ("texts", 10)]
     # Of two equal captions either will do for their image.
     assert found["retrieval_text_to_image_R@5"] == 100
-    assert {"gap", "gap_image_self_similarity", "retrieval_mean_recall", "retrieval_image_to_text_R@1"} <= set(found)
-    assert len(found) == 6 + 7
+    swept = {name for name in found if name.startswith("gap_sweep_")}
+    recalls = {f"retrieval_{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert set(found) - swept == {*GAP, *recalls, "retrieval_mean_recall"}
+    assert {name.removeprefix("gap_sweep_").partition("@+0.50")[0] for name in swept if "+0.50" in name} == set(SWEPT)
+    assert len(swept) == 9 * len(SWEPT)
 
 
 def test_sets_on_the_same_images_share_their_features(encoded, table):
@@ -133,7 +151,9 @@ def test_sets_on_the_same_images_share_their_features(encoded, table):
 def test_asked_measures_alone_are_taken(encoded, folders):
     given = suite.EvaluationSet(name="c", images=str(folders / "test"), measures=["grouping"])
     rows = suite.evaluate(None, [given])
-    assert {row["measure"] for row in rows} == {f"grouping_{key}" for key in ("ARI", "AMI", "NMI", "purity")}
+    assert {row["measure"] for row in rows} == GROUPING
+    sets = [{"name": "c", "images": str(folders / "test")}]
+    assert {row["measure"] for row in suite.evaluate(None, sets, measures=["grouping", "retrieval"])} == GROUPING
 
 
 def test_missing_path_is_reported_and_the_rest_goes_on(encoded, folders, tmp_path, caplog):

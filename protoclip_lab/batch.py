@@ -175,8 +175,8 @@ def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple
     common, arms, grid = section
     runs = [s for s in planned if s.notebook.stem == TRAIN]
     axes = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
-    for arm, point in itertools.product(arms or [""], itertools.product(*axes.values())):
-        point = dict(zip(axes, point, strict=True))
+    for arm, *values in itertools.product(arms or [""], *axes.values()):
+        point = dict(zip(axes, values, strict=True))
         name = "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())]))
         name = re.sub(r"[^\w.=,+-]+", "-", name)
         given = {**common, **arms.get(arm, {}), **point}
@@ -332,21 +332,16 @@ def _run_step(step: Step, title: str) -> None:
 
 def _write_index(name: str, steps: list[Step], out: Path) -> None:
     """One page over the whole recipe: headline table, pictures side by side over the runs, links to the steps."""
-    groups, table = {}, []
+    groups, titles, table = {}, {}, []
     for step in steps:
-        key, _, label = step.name.partition("/")
-        title = _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ")
-        group = groups.setdefault(key, {"key": key, "title": title, "uses": [], "pictures": {}})
-        page = step.executed.with_suffix(".html")
-        use = {"label": label, "page": page.exists() and page.relative_to(out), "parameters": step.parameters}
-        group["uses"].append(use | step.recorded())
-        for picture in sorted((step.output / "figures").glob("*.png")):
-            group["pictures"].setdefault(picture.stem, []).append((label, picture.relative_to(out)))
+        key = step.name.partition("/")[0]
+        groups.setdefault(key, []).append(step)
+        titles[key] = _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ")
         for comparison in step.output.glob("comparison.csv"):
             table = list(csv.reader(comparison.read_text("utf-8").splitlines()))
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "index.html", template.render(name=name, groups=list(groups.values()), table=table))
+    write_text(out / "index.html", template.render(name=name, groups=groups, titles=titles, table=table, out=out))
 
 
 def _stop(signum: int, frame: Any) -> None:

@@ -25,14 +25,7 @@ class Clusters:
 
 
 def kmeans(
-    features: Tensor,
-    k: int,
-    *,
-    iterations: int = 20,
-    restarts: int = 1,
-    seed: int = 0,
-    init: Tensor | None = None,
-    engine: str = "auto",
+    features: Tensor, k: int, *, iterations=20, restarts=1, seed: int = 0, init: Tensor | None = None, engine="auto"
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 
@@ -59,9 +52,8 @@ def kmeans(
     rows = len(features)
     if not 1 <= k <= rows:
         raise ValueError(f"k = {k} clusters cannot be made of {rows} rows: choose 1 ≤ k ≤ {rows}")
-    if not torch.isfinite(features).all():
-        bad = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
-        raise ValueError(f"row {bad} of the features to cluster holds NaN or Inf")
+    if len(bad := (~torch.isfinite(features).all(dim=1)).nonzero()):
+        raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf")
     if init is not None and init.shape != (k, features.shape[1]):
         raise ValueError(f"init has shape {tuple(init.shape)}, expected {(k, features.shape[1])}")
     if engine == "auto":
@@ -127,12 +119,11 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
     all_rows = {"max_points_per_centroid": -(-len(array) // k), "min_points_per_centroid": 1}
     search = {"niter": iterations, "nredo": restarts, "seed": derive(seed, "kmeans") % 2**31}
-    gpu = features.is_cuda and faiss.get_num_gpus() > 0
-    engine = faiss.Kmeans(array.shape[1], k, gpu=gpu, **search, **all_rows)
+    search["gpu"] = features.is_cuda and faiss.get_num_gpus() > 0
+    engine = faiss.Kmeans(array.shape[1], k, **search, **all_rows)
     engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
-    labels = engine.index.search(array, 1)[1][:, 0]
-    centroids = torch.from_numpy(np.ascontiguousarray(engine.centroids)).to(features.device)
-    return torch.from_numpy(labels).to(features.device), centroids
+    found = engine.index.search(array, 1)[1][:, 0], np.ascontiguousarray(engine.centroids)
+    return tuple(torch.from_numpy(array).to(features.device) for array in found)
 
 
 def _torch_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:

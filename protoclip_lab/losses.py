@@ -32,52 +32,37 @@ def prototype_loss(
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6; the contraction is ours.
     """
     if targets.shape != features.shape or centroids.shape[1:] != features.shape[1:]:
-        raise ValueError(
-            f"features {tuple(features.shape)}, targets {tuple(targets.shape)} and centroids "
-            f"{tuple(centroids.shape)} do not fit: expected (B, d), (B, d) and (K, d)"
-        )
+        found = [tuple(tensor.shape) for tensor in (features, targets, centroids)]
+        raise ValueError(f"features, targets and centroids have shapes {found}: expected (B, d), (B, d) and (K, d)")
     features, centroids, targets = _at_least_float32(features, centroids, targets)
-    logits = scale * features @ centroids.T
-    logits = _mask(logits, occupied)
+    logits = masked(scale * features @ centroids.T, occupied)
     return (torch.logsumexp(logits, dim=1) - scale * (features * targets).sum(dim=1)).mean()
 
 
 def prototype_loss_reference(
-    features: Tensor,
-    centroids: Tensor,
-    teacher_centroids: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    temperature: float,
-    *,
-    occupied: Tensor | None = None,
+    h: Tensor, C: Tensor, T: Tensor, y: Tensor, s: Tensor, tau: float, *, occupied: Tensor | None = None
 ) -> Tensor:
     """The prototype loss as the paper writes it: slow, and what the fast form is tested against.
 
     ``p = softmax(T[y] Tᵀ/τ)`` (one-hot at y for τ ≤ 0), ``L = −Σ_k p_k log softmax(s h Cᵀ)_k``, mean over the batch.
 
     Args:
-        features: h, (B, d).
-        centroids: C, (K, d).
-        teacher_centroids: T, (K, d_teacher).
-        labels: y, the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
-        scale: s, a scalar tensor or a number.
-        temperature: τ of the teacher's softmax.
+        h: student features, (B, d).
+        C: student prototypes, (K, d).
+        T: teacher centroids, (K, d_teacher).
+        y: the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
+        s: the inverse temperature, a scalar tensor or a number.
+        tau: τ of the teacher's softmax.
         occupied: (K,) bool; the other clusters leave both softmaxes.
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6.
     """
-    features, centroids, teacher_centroids = _at_least_float32(features, centroids, teacher_centroids)
-    if occupied is None:
-        occupied = torch.ones(len(centroids), dtype=torch.bool, device=centroids.device)
-    # Dropping the columns, rather than masking them, leaves no -inf for 0 · -inf to turn into NaN.
-    column = torch.cumsum(occupied, 0) - 1
-    if temperature <= 0:
-        target = F.one_hot(column[labels], int(occupied.sum())).to(features.dtype)
-    else:
-        target = F.softmax(teacher_centroids[labels] @ teacher_centroids[occupied].T / temperature, dim=1)
-    log_student = F.log_softmax(scale * features @ centroids[occupied].T, dim=1)
-    return -(target * log_student).sum(dim=1).mean()
+    h, C, T = _at_least_float32(h, C, T)
+    if occupied is not None:
+        # Dropping the clusters, rather than masking them, leaves no -inf for 0 · -inf to turn into NaN.
+        C, T, y = C[occupied], T[occupied], torch.cumsum(occupied, 0)[y] - 1
+    p = F.softmax(T[y] @ T.T / tau, dim=1) if tau > 0 else F.one_hot(y, len(C)).to(h.dtype)
+    return -(p * F.log_softmax(s * h @ C.T, dim=1)).sum(dim=1).mean()
 
 
 @torch.no_grad()
@@ -110,13 +95,16 @@ def expected_prototypes(
         return centroids
     teacher, student = _at_least_float32(teacher_centroids, centroids)
     rows = max(1, BLOCK_ELEMENTS // len(teacher))
-    blocks = [
-        F.softmax(_mask(block @ teacher.T / temperature, occupied), dim=1) @ student for block in teacher.split(rows)
-    ]
+    blocks = [F.softmax(masked(t @ teacher.T / temperature, occupied), dim=1) @ student for t in teacher.split(rows)]
     return torch.cat(blocks).to(centroids.dtype)
 
 
-def _mask(logits: Tensor, occupied: Tensor | None) -> Tensor:
+def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:
+    """Logits (..., K) with -inf for clusters that are not ``occupied``; None masks nothing.
+
+    Raises:
+        ValueError: no cluster is occupied.
+    """
     if occupied is None:
         return logits
     if not occupied.any():

@@ -1,10 +1,9 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,9 +54,8 @@ class Prototypes:
         """
         if not self.carried:
             return self.labels[positions]
-        if self.occupied is None:
-            return clustering.nearest(teacher_features, self.teacher_centroids)
-        occupied = self.occupied.nonzero()[:, 0]
+        kept = torch.ones(len(self.centroids)) if self.occupied is None else self.occupied
+        occupied = kept.nonzero()[:, 0].to(self.centroids.device)
         return occupied[clustering.nearest(teacher_features, self.teacher_centroids[occupied])]
 
     def loss(self, features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
@@ -67,20 +65,12 @@ class Prototypes:
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
         """Share of features whose nearest prototype (by inner product) is the teacher's."""
-        logits = features @ self.centroids.T
-        if self.occupied is not None:
-            logits = logits.masked_fill(~self.occupied, -torch.inf)
+        logits = losses.masked(features @ self.centroids.T, self.occupied)
         return (logits.argmax(dim=1) == labels).float().mean()
 
 
 def construct(
-    features: Mapping[str, Tensor],
-    teachers: Sequence[Teacher],
-    *,
-    seed: int,
-    back_translation: bool = True,
-    mask_empty: bool = True,
-    **kmeans: Any,
+    features: dict[str, Tensor], teachers: list[Teacher], *, seed: int, back_translation=True, mask_empty=True, **kmeans
 ) -> tuple[list[Prototypes], dict[str, Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -105,13 +95,12 @@ def construct(
     for teacher in teachers:
         if teacher.name not in STUDENTS and not back_translation:
             raise ValueError(f"teacher {teacher.name!r} needs back_translation: its centroids lie in another space")
-        students = [s for s in STUDENTS if s != teacher.name]
         for k in teacher.ks:
             own_seed = derive(seed, "clusters of", teacher.name, k)
             found = clustering.kmeans(features[teacher.name], k, seed=own_seed, **kmeans)
             clusters[f"{teacher.name}_{k}"] = found
             occupied = found.sizes > 0 if mask_empty else None
-            for student in students:
+            for student in [s for s in STUDENTS if s != teacher.name]:
                 centroids = found.centroids
                 if back_translation:
                     centroids = clustering.back_translate(found.labels, features[student], k)
@@ -153,7 +142,6 @@ def load(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Pro
     """The prototypes in force when a checkpoint was written; none for plain CLIP."""
     folder = Path(checkpoint)
     tensors = load_file(folder / "prototypes.safetensors", device=str(device))
-    return [
-        Prototypes(**{key: tensors.get(f"{index}/{key}") for key in TENSORS}, **about, carried=True)
-        for index, about in enumerate(json.loads((folder / "prototypes.json").read_text()))
-    ]
+    about = json.loads((folder / "prototypes.json").read_text())
+    held = [{key: tensors.get(f"{index}/{key}") for key in TENSORS} for index in range(len(about))]
+    return [Prototypes(**own, **named, carried=True) for own, named in zip(held, about, strict=True)]

@@ -13,8 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,8 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
-            raise FileNotFoundError(
-                f"{self.path.absolute()} is not a run: it has no config.json. Train one with 03_train, or name another."
-            )
+            remedy = "Train one with 03_train, or name another."
+            raise FileNotFoundError(f"{self.path.absolute()} is not a run: it has no config.json. {remedy}")
 
     @classmethod
     def create(cls, config: TrainConfig) -> Run:
@@ -56,19 +54,16 @@ class Run:
         Raises:
             ValueError: the folder holds a run with other settings; they are named with both values.
         """
-        path = Path(config.run)
-        file = path / "config.json"
-        wanted = config.model_dump(mode="json")
-        if file.exists():
-            found = TrainConfig(**json.loads(file.read_text("utf-8"))).model_dump(mode="json")
-            other = {k: (found[k], v) for k, v in wanted.items() if k not in FREE and found[k] != v}
+        path, wanted = Path(config.run), config.model_dump(mode="json")
+        if (path / "config.json").exists():
+            found = cls(path).config.model_dump(mode="json")
+            other = [name for name in wanted if name not in FREE and found[name] != wanted[name]]
             if other:
-                listed = ", ".join(f"{k} = {there!r} there, {asked!r} asked for" for k, (there, asked) in other.items())
-                raise ValueError(
-                    f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder."
-                )
+                listed = ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other)
+                where = f"{path.absolute()} holds a run with other settings"
+                raise ValueError(f"{where}: {listed}. Choose another run folder.")
         path.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
+        write_json(path / "config.json", wanted)
         if not (path / "environment.json").exists():
             write_json(path / "environment.json", _environment(path))
         return cls(path)
@@ -124,11 +119,11 @@ class Run:
 
     def truncate(self, episode: int) -> None:
         """Drop what was logged after an episode: the resumed run writes it again."""
-        kept = [row for row in _read_rows(self.path / "metrics.jsonl") if row["episode"] <= episode]
-        _write_rows(self.path / "metrics.jsonl", kept)
+        metrics, evaluation = self.path / "metrics.jsonl", self.path / "evaluation.jsonl"
+        _write_rows(metrics, [row for row in _read_rows(metrics) if row["episode"] <= episode])
         with locked(self.path / "evaluation.lock"):
-            file, last = self.path / "evaluation.jsonl", checkpoint_name(episode)
-            _write_rows(file, [row for row in _read_rows(file) if row["checkpoint"] <= last])
+            kept = [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint_name(episode)]
+            _write_rows(evaluation, kept)
 
     def save(self, episode: int, write: Callable[[Path], None]) -> Path:
         """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last."""
@@ -146,18 +141,13 @@ class Run:
         sync(final.parent)
         return final
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run for this process; the lock goes with the process, however it ends.
 
         Raises:
             RuntimeError: another process trains this run.
         """
-        try:
-            with locked(self.path / "lock", wait=False):
-                yield
-        except BlockingIOError as error:
-            raise RuntimeError(f"{self.path.absolute()} is being trained by another process") from error
+        return locked(self.path / "lock", wait=False)
 
 
 def checkpoint_name(episode: int) -> str:
@@ -178,9 +168,12 @@ def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file; BlockingIOError where another process does and ``wait`` is False."""
+    """Hold a lock file; RuntimeError where another process does and ``wait`` is False."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise RuntimeError(f"{path.parent.absolute()} is being trained by another process") from error
         yield
 
 
@@ -207,51 +200,48 @@ def headlines(rows: pd.DataFrame) -> pd.DataFrame:
     return shown.pivot_table(index=["dataset", "measure"], columns="checkpoint", values="value", sort=True).round(2)
 
 
-def compare(runs: Sequence[str | Path], output: str | Path = "", measures: Sequence[str] = ()) -> Comparison:
-    """Any number of runs side by side, by their last evaluation.
+class Comparison:
+    """Any number of runs side by side, by their last evaluated checkpoint.
 
     Runs that differ in their seed alone are one arm: its name is the run folder's without the seed.
 
     Args:
         runs: run folders, evaluated.
-        output: folder for ``comparison.csv`` (one column per arm, mean ± standard deviation over seeds) and
-            ``values.csv`` (a row per run, all measures); empty writes none.
+        output: folder for ``comparison.csv`` and ``values.csv``, the two tables below; empty writes none.
         measures: endings of the names to show, such as "top1"; none takes the field's headline measures.
+
+    Attributes:
+        values: a row per run: run, arm, seed, checkpoint, then every measure.
+        shown: the measures shown.
+        table: a row per measure shown, a column per arm: over several seeds "mean ± standard deviation", from one
+            "value [low, high]" with the measure's own 95 % interval, where it has one.
 
     Raises:
         ValueError: a run without evaluations.
     """
-    rows, opened = [], [Run(run) for run in runs]
-    for run in opened:
-        found = run.evaluations()
-        if found.empty:
-            raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
-        last = found[found["checkpoint"] == found["checkpoint"].max()]
-        arm = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name
-        values = {f"{row.dataset}: {row.measure}": row.value for row in last.itertuples()}
-        rows.append({"run": run.path.name, "arm": arm, "seed": run.config.seed, **values})
-    values = pd.DataFrame(rows)
-    shown = [c for c in values.columns[3:] if c.endswith(tuple(measures or [f": {m}" for m in HEADLINES]))]
-    arms = values.groupby("arm", sort=False)[shown]
-    mean, spread = arms.mean().T, arms.std().T
-    table = mean.map("{:.2f}".format) + spread.map(lambda sd: "" if pd.isna(sd) else f" ± {sd:.2f}")
-    table.index.name = "measure"
-    if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        table.to_csv(Path(output) / "comparison.csv")
-        values.to_csv(Path(output) / "values.csv", index=False)
-    return Comparison(values, table, shown, opened)
 
-
-@dataclass
-class Comparison:
-    """What :func:`compare` found."""
-
-    values: pd.DataFrame  # a row per run: run, arm, seed, then every measure
-    table: pd.DataFrame  # a row per measure shown, a column per arm: mean ± standard deviation
-    shown: list[str]  # the measures shown
-
-    runs: list[Run]
+    def __init__(self, runs: Sequence[str | Path], output: str | Path = "", measures: Sequence[str] = ()) -> None:
+        self.runs = [Run(run) for run in runs]
+        rows, cells = [], []
+        for run in self.runs:
+            found = run.evaluations()
+            if found.empty:
+                raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
+            arm, newest = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name, found["checkpoint"].max()
+            found["measure"] = found["dataset"] + ": " + found["measure"]
+            last = found[found["checkpoint"] == newest].assign(arm=arm)
+            about = {"run": run.path.name, "arm": arm, "seed": run.config.seed, "checkpoint": newest}
+            rows.append(about | dict(zip(last["measure"], last["value"], strict=True)))
+            cells.append(last)
+        self.values = pd.DataFrame(rows)
+        endings = tuple(measures or [f": {name}" for name in HEADLINES])
+        self.shown = [name for name in self.values.columns[4:] if name.endswith(endings)]
+        cells = pd.concat(cells).groupby(["measure", "arm"])[["value", "low", "high"]].apply(_cell)
+        self.table = cells.unstack(fill_value="").loc[self.shown, self.values["arm"].unique()]
+        if output:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            self.table.to_csv(Path(output) / "comparison.csv")
+            self.values.to_csv(Path(output) / "values.csv", index=False)
 
     def curves(self) -> pd.DataFrame:
         """Episode metrics of the runs, one after the other, told apart by column "run"."""
@@ -261,6 +251,9 @@ class Comparison:
         """A row for each setting in which the runs differ, a column for each run."""
         table = pd.DataFrame({run.path.name: run.config.model_dump(mode="json") for run in self.runs}).astype(str)
         return table[table.nunique(axis=1) > 1].drop(index="run", errors="ignore")
+
+
+compare = Comparison  # a notebook asks for it by the verb
 
 
 def keep(figure: Any, output: str | Path, name: str) -> Any:
@@ -281,37 +274,33 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _read_rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
     # What follows the last newline was cut off by a kill in mid-write.
     return [json.loads(line) for line in lines[:-1]]
 
 
+def _cell(found: pd.DataFrame) -> str:
+    value, low, high = found.iloc[0]
+    if len(found) > 1:
+        return f"{found['value'].mean():.2f} ± {found['value'].std():.2f}"
+    return f"{value:.2f}" if pd.isna(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    source = Path(__file__).parent
-    commit = _git(source, "rev-parse", "HEAD")
+    commit = _git("rev-parse", "--verify", "HEAD").strip()
     if commit:
-        (path / "uncommitted.diff").write_text(_git(source, "diff", "HEAD") or "", "utf-8")
-    return {
-        "python": sys.version,
-        "platform": platform.platform(),
-        "packages": {found.name: found.version for found in importlib.metadata.distributions()},
-        "commit": commit and commit.strip(),
-        "command": sys.argv,
-    }
+        (path / "uncommitted.diff").write_text(_git("diff", "HEAD"), "utf-8")
+    packages = {found.name: found.version for found in importlib.metadata.distributions()}
+    about = {"python": sys.version, "platform": platform.platform(), "packages": packages}
+    return about | {"commit": commit or None, "command": sys.argv}
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _git(*words: str) -> str:
+    """What git says of this source; nothing where there is no git or no checkout."""
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout

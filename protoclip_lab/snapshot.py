@@ -84,10 +84,10 @@ class Snapshot:
         options = {"method": self.method, "seed": self.seed}
         kind = "prototype" if prototypes.load(self.checkpoint) else "k-means cluster"
         names = [f"{kind} {i}" for i in range(len(centroids))]
-        maps = {"prototypes": plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)}
-        for label in self.labels:
-            maps[label] = plots.cluster_map(xy, self.label(label), title=f"{modality}s by {label}", **options)
-        return maps
+        own = plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)
+        titles = {label: f"{modality}s by {label}" for label in self.labels}
+        true = {label: plots.cluster_map(xy, self.label(label), title=titles[label], **options) for label in titles}
+        return {"prototypes": own, **true}
 
     def sheet(self, prototypes: int = 6, nearest: int = 6, modality: str = "image") -> Figure:
         """The samples nearest to some prototypes, drawn at random among those with enough members."""
@@ -107,14 +107,7 @@ class Snapshot:
 
 
 def open_snapshot(
-    run: str | Path,
-    *,
-    checkpoint: str | Path = "",
-    samples: int = 1000,
-    seed: int = 0,
-    method: str = "umap",
-    labels: Sequence[str] = (),
-    output: str | Path = "",
+    run: str | Path, *, checkpoint="", samples=1000, seed=0, method="umap", labels: Sequence[str] = (), output=""
 ) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
 
@@ -143,10 +136,8 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     """
     rows = []
     for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
-        then = snapshot
-        if checkpoint != snapshot.checkpoint:
-            features = _encode(checkpoint, snapshot.pairs, snapshot.rows)
-            then = replace(snapshot, checkpoint=checkpoint, features=features)
+        features = _encode(checkpoint, snapshot.pairs, snapshot.rows)
+        then = replace(snapshot, checkpoint=checkpoint, features=features)
         groups = then.prototypes("image")[0]
         row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
         row["AMI of image and text groups"] = agreement(groups, then.prototypes("text")[0])["AMI"]

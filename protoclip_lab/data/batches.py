@@ -20,19 +20,13 @@ def augmentation(name: str, size: int | Sequence[int], mean: Sequence[float], st
 
     Source: ProtoCLIP (arXiv 2206.10996), section on augmentation.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
-    if name == "plain":
-        random = [v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=bicubic)]
-    elif name == "light":
-        random = [
-            v2.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=bicubic),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
-            v2.RandomGrayscale(p=0.2),
-            v2.RandomApply([v2.GaussianBlur(21)], p=0.2),
-        ]
-    else:
+    if name not in ("plain", "light"):
         raise ValueError(f"augmentation {name!r} is neither 'plain' nor 'light'")
+    scale = (0.9, 1.0) if name == "plain" else (0.5, 1.0)
+    random = [v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)]
+    if name == "light":
+        random += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2)]
+        random += [v2.RandomGrayscale(p=0.2), v2.RandomApply([v2.GaussianBlur(21)], p=0.2)]
     return v2.Compose([*random, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
@@ -71,20 +65,12 @@ class Reader:
 
     def __init__(self, batches: Batches, *, workers: int, pin_memory: bool = False) -> None:
         self._plan: list[tuple[str, str, int, np.ndarray]] = []
-        self._loader = DataLoader(
-            batches,
-            sampler=self._plan,
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            # Or the loader would draw its workers' base seed from the global generator.
-            generator=torch_generator(batches.seed, "workers"),
-        )
+        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+        # Or the loader would draw its workers' base seed from the global generator.
+        options["generator"] = torch_generator(batches.seed, "workers")
+        self._loader = DataLoader(batches, batch_size=None, sampler=self._plan, **options)
 
-    def read(
-        self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[list[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""
         self._plan[:] = [(transform, purpose, episode, batch) for batch in rows]
         return iter(self._loader)

@@ -27,16 +27,11 @@ _COLOUR_SHIFT = 0.035  # largest shift of a channel; twice this still leaves eac
 _SIZE_CHANGE = 0.10  # largest relative change of the radius: at difficulty 2 small and large still do not meet
 _OVERSAMPLING = 4  # masks are drawn at 4 x and averaged: anti-aliasing that Pillow's polygons lack
 
-_COLOURS = {  # far apart in hue or lightness, and all away from the pale backdrops
-    "red": (0.84, 0.10, 0.12),
-    "orange": (1.00, 0.50, 0.02),
-    "yellow": (0.97, 0.86, 0.10),
-    "green": (0.13, 0.60, 0.22),
-    "blue": (0.12, 0.30, 0.85),
-    "purple": (0.50, 0.16, 0.66),
-    "pink": (1.00, 0.47, 0.74),
-    "black": (0.08, 0.08, 0.09),
-}
+_WORDS = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
+# Captions by template, and what a zero-shot classifier of a factor asks.
+TEMPLATES: tuple[str, ...] = tuple(_WORDS["templates"])
+PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORDS["prompts"].items()}
+_COLOURS = _WORDS["colours"]
 _RADII = {"small": 0.2, "large": 0.33}  # of the enclosing circle, in image widths; 1.75 x survives a crop's 1.4 x zoom
 # The training augmentation flips horizontally, which would make "left" a lie half of the time: these words stay true.
 # Each says how far towards an edge, (right, down); corner and side take random signs.
@@ -70,14 +65,6 @@ _OUTLINES = dict(_outlines())
 
 FACTORS: dict[str, tuple[str, ...]] = {"shape": tuple(_OUTLINES), "colour": tuple(_COLOURS), "size": tuple(_RADII)}
 FACTORS |= {"position": tuple(_PLACES), "background": ("plain", "striped", "dotted", "checked", "cloudy")}
-
-# A caption takes either word; the first is the class name.
-_SYNONYMS = {"small": ("small", "little"), "large": ("large", "big")}
-
-# Captions by template, and what a zero-shot classifier of a factor asks.
-_WORDS = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
-TEMPLATES: tuple[str, ...] = tuple(_WORDS["templates"])
-PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORDS["prompts"].items()}
 
 
 def _share(mask: Image.Image) -> np.ndarray:
@@ -120,7 +107,7 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
         raise ValueError(f"difficulty is {difficulty}: choose 0 to 2, beyond it colours and sizes run into each other")
     rng = numpy_generator(seed, "shapes", index)
     row = {factor: values[rng.integers(len(values))] for factor, values in FACTORS.items()}
-    words = {factor: str(rng.choice(_SYNONYMS.get(value, (value,)))) for factor, value in row.items()}
+    words = {factor: str(rng.choice(_WORDS["synonyms"].get(value, [value]))) for factor, value in row.items()}
     title = re.sub(r"\ba (?=[aeiou])", "an ", TEMPLATES[rng.integers(len(TEMPLATES))].format(**words))
 
     radius = _RADII[row["size"]] * (1 + _SIZE_CHANGE * difficulty * rng.uniform(-1, 1))
@@ -142,8 +129,8 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
     tone = rng.uniform(0.8, 0.95) + rng.uniform(-0.05, 0.05, 3)
     # Patterns are faint on purpose: with strong ones CLIP learned the background first and the shape hardly at all.
     pixels = tone - rng.uniform(0.1, 0.2) * _backdrop(row["background"], image_size, rng)
-    stroke = np.array(_COLOURS[rng.choice(FACTORS["colour"])])
-    colour = np.array(_COLOURS[row["colour"]]) + _COLOUR_SHIFT * difficulty * rng.uniform(-1, 1, 3)
+    stroke = _COLOURS[rng.choice(FACTORS["colour"])]
+    colour = _COLOURS[row["colour"]] + _COLOUR_SHIFT * difficulty * rng.uniform(-1, 1, 3)
     for mask, paint in ((clutter, stroke), (shape, colour)):
         pixels += _share(mask.reduce(_OVERSAMPLING)) * (paint - pixels)
     slope = rng.uniform(-0.25, 0.25, 2)

@@ -93,7 +93,8 @@ def estimate(under: Under, items: int, draws: int, seed: int, *, centred: bool =
         if draws:
             drawn = torch.cat([block[name] for block in blocks]).double()
             edges = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-            interval = (edges + (value - drawn.nanmean() if centred else 0)).tolist()
+            low, high = (edges + (value - drawn.nanmean() if centred else 0)).tolist()
+            interval = min(low, value), max(high, value)  # a constant one may miss the value by a rounding
         found[name] = Estimate(value, *interval)
     return found
 
@@ -107,7 +108,7 @@ def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, 
     """Percent correct by name, and the first's "mean_per_class": averaged over the classes among ``labels``.
 
     Args:
-        correct: (N,) bool by name.
+        correct: (N,) by name, bool or a share.
         labels: (N,) of any kind.
         draws, seed: see :func:`estimate`.
     """

@@ -17,6 +17,7 @@ from protoclip_lab.randomness import numpy_generator
 SILHOUETTE_ITEMS = 10_000
 # Resamples of what has to be computed anew for each; means take as many as are asked for.
 COSTLY_DRAWS = 200
+LARGE_TABLE = 10_000
 
 
 def grouping(
@@ -40,7 +41,7 @@ def grouping(
     labels = as_labels(labels, len(features), "labels")
     runs = []
     for start in range(seed, seed + seeds):
-        clusters = kmeans(features, k or len(np.unique(labels)), seed=start)
+        clusters = kmeans(features, len(np.unique(labels)) if k is None else k, seed=start)
         runs.append(agreement(clusters.labels, labels, draws=draws, seed=seed))
     found = {}
     for name in runs[0]:
@@ -77,19 +78,31 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     cells = torch.from_numpy(known * len(clusters) + found)
     shape = len(classes), len(clusters)
 
+    # Of very many cells chance agreement takes seconds: resamples, whose margins hardly differ, then share it.
+    everything = class_sums(torch.ones(1, rows, dtype=torch.float64), cells, math.prod(shape)).reshape(shape).numpy()
+    expected = _by_chance(everything) if everything.size > LARGE_TABLE else None
+
     def under(weights: Tensor) -> dict[str, Tensor]:
-        tables = class_sums(weights, cells, math.prod(shape)).reshape(-1, *shape).numpy()
-        scores = [_scores(table) for table in tables]
+        tables = (class_sums(row[None], cells, math.prod(shape)).reshape(shape).numpy() for row in weights)
+        scores = [_scores(table, expected) for table in tables]
         return {name: torch.tensor([s[name] for s in scores], dtype=torch.float64) for name in scores[0]}
 
-    return estimate(under, rows, min(draws, COSTLY_DRAWS), seed, centred=True)
+    found = estimate(under, rows, min(draws, COSTLY_DRAWS), seed, centred=True)
+    return {name: Estimate(value, value.low, min(value.high, 1.0)) for name, value in found.items()}
 
 
-def _scores(table: np.ndarray) -> dict[str, float]:
-    """Agreement from a contingency table (classes, clusters), as scikit-learn has it from labels."""
+def _by_chance(table: np.ndarray) -> float:
+    """Expected mutual information of a random clustering with the same margins."""
     from scipy.sparse import csr_array
+    from sklearn.metrics.cluster import expected_mutual_information
+
+    return expected_mutual_information(csr_array(table), int(table.sum()))
+
+
+def _scores(table: np.ndarray, expected: float | None = None) -> dict[str, float]:
+    """Agreement from a contingency table (classes, clusters), as scikit-learn has it from labels."""
     from scipy.stats import entropy
-    from sklearn.metrics.cluster import expected_mutual_information, mutual_info_score
+    from sklearn.metrics.cluster import mutual_info_score
 
     # A resample may lack a class or a cluster.
     table = table[table.any(axis=1)][:, table.any(axis=0)]
@@ -101,7 +114,7 @@ def _scores(table: np.ndarray) -> dict[str, float]:
     pairs, row_pairs, column_pairs = (np.sum(x * (x - 1)) / 2 for x in (table, rows, columns))
     by_chance = row_pairs * column_pairs / (total * (total - 1) / 2)
     mutual, uncertainty = mutual_info_score(None, None, contingency=table), (entropy(rows) + entropy(columns)) / 2
-    expected = expected_mutual_information(csr_array(table), int(total))
+    expected = _by_chance(table) if expected is None else expected
     spare = uncertainty - expected
     return {
         "ARI": (pairs - by_chance) / ((row_pairs + column_pairs) / 2 - by_chance),
@@ -157,6 +170,7 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
 
     found = estimate(under, len(x), min(draws, COSTLY_DRAWS), seed, centred=True)
     sample = numpy_generator(seed, "silhouette").permutation(len(x))[:SILHOUETTE_ITEMS]
+    sample.sort()  # in the items' order, so that draws pair with those of the other measures
     values = torch.from_numpy(np.asarray(_index(metrics.silhouette_samples, x.numpy()[sample], y[sample]))).double()
     values = values.expand(len(sample))  # NaN where it is not defined
 

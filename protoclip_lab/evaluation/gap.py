@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import Estimate, as_features, as_indices, class_sums, estimate
-from protoclip_lab.evaluation.probes import linear_probe
+from protoclip_lab.evaluation.arrays import Estimate, accuracy, as_features, as_indices, class_sums, estimate
+from protoclip_lab.evaluation.probes import predict
 from protoclip_lab.randomness import numpy_generator
 
 # Shares of the gap by which the sweep brings the modalities together; below 0 it takes them further apart.
@@ -75,21 +75,20 @@ def separability(
 ) -> dict[str, Estimate]:
     """How well a hyperplane tells images from texts, in percent; 50 is chance.
 
-    A linear probe learns on half of the images and their captions and is asked about the other half. Both
-    modalities count the same, however many captions an image has.
+    A linear probe learns on half of the images and the first caption of each, and is asked about the other half.
 
-    Args and errors as :func:`modality_gap`. Returns "separability"; NaN for a single image.
+    Args and errors as :func:`modality_gap`. Returns "separability"; NaN for fewer than two images with captions.
     """
     image, text, owner = _checked(image, text, image_of_caption)
-    half = np.zeros(len(image), dtype=bool)
-    half[numpy_generator(seed, "separability").permutation(len(image))[: len(image) // 2]] = True
-    features = torch.cat([image, text])
-    is_text = np.arange(len(features)) >= len(image)
-    train = np.concatenate([half, half[owner.cpu().numpy()]])
-    if not train.any() or len(set(is_text[~train])) < 2:
+    images, first = np.unique(owner.numpy(), return_index=True)
+    order = numpy_generator(seed, "separability").permutation(len(images))
+    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    if not len(train):
         return {"separability": Estimate(np.nan)}
-    parts = features[train], is_text[train], features[~train], is_text[~train]
-    return {"separability": linear_probe(*parts, seed=seed, draws=draws)["mean_per_class"]}
+    train_x, test_x = (torch.cat([image[images[part]], text[first[part]]]) for part in (train, test))
+    found = predict(train_x, np.repeat([False, True], len(train)), test_x, seed=seed)[0].reshape(2, -1)
+    right = (found == [[False], [True]]).mean(axis=0)
+    return {"separability": accuracy({"": right}, np.zeros(len(test)), draws, seed)[""]}
 
 
 def moved(image: Any, text: Any, share: float) -> tuple[Tensor, Tensor]:

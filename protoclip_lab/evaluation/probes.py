@@ -48,7 +48,14 @@ def linear_probe(
     Raises:
         ValueError: shapes that do not fit, naming both; NaN or Inf.
     """
-    x, test_x, train_y, test_y = _checked(train_x, train_y, test_x, test_y)
+    predicted, strength = predict(train_x, train_y, test_x, seed=seed, scaling=scaling)
+    test_y = as_labels(test_y, len(predicted), "test_y")
+    return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
+
+
+def predict(train_x: Any, train_y: Any, test_x: Any, *, seed: int, scaling: str = "standardise") -> tuple[Any, float]:
+    """What the linear probe takes the rows of test for, (M,) labels as in ``train_y``, and the strength it chose."""
+    x, test_x, train_y = _checked(train_x, train_y, test_x)
     classes, y = np.unique(train_y, return_inverse=True)
     held = _stratified(y, seed)
     order = np.argsort(held, kind="stable")
@@ -57,6 +64,8 @@ def linear_probe(
         x, test_x = x.double(), test_x.double()
     if scaling == "l2":
         x, test_x = (F.normalize(features, dim=1) for features in (x, test_x))
+    elif scaling != "standardise":
+        raise ValueError(f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
     else:
         mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
         # A constant feature's deviation is rounding, which standardising would blow up.
@@ -76,8 +85,7 @@ def linear_probe(
             break
     strength = STRENGTHS[np.argmax(scores)]
     weights = _fit(x, y, strength, weights, iterations=500, tolerance=1e-6)
-    predicted = classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()]
-    return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
+    return classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()], strength
 
 
 def knn(
@@ -88,7 +96,8 @@ def knn(
     Of classes with as many votes the first in sorted order wins. Shapes, errors, draws and seed as
     :func:`linear_probe`. Returns "accuracy" and "mean_per_class", percent.
     """
-    x, test_x, train_y, test_y = _checked(train_x, train_y, test_x, test_y)
+    x, test_x, train_y = _checked(train_x, train_y, test_x)
+    test_y = as_labels(test_y, len(test_x), "test_y")
     x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
     classes, y = np.unique(train_y, return_inverse=True)
     y, predicted = torch.from_numpy(y).to(x.device), []
@@ -100,11 +109,12 @@ def knn(
     return accuracy({"accuracy": predicted == test_y}, test_y, draws, seed)
 
 
-def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-    train_x, test_x = (as_features(x, name).to(best_device()) for x, name in ((train_x, "train_x"), (test_x, "test_x")))
+def _checked(train_x: Any, train_y: Any, test_x: Any) -> tuple[Tensor, Tensor, np.ndarray]:
+    named = (train_x, "train_x"), (test_x, "test_x")
+    train_x, test_x = (as_features(x, name).to(best_device()) for x, name in named)
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} differ in dimensions")
-    return train_x, test_x, as_labels(train_y, len(train_x), "train_y"), as_labels(test_y, len(test_x), "test_y")
+    return train_x, test_x, as_labels(train_y, len(train_x), "train_y")
 
 
 def _stratified(y: np.ndarray, seed: int) -> np.ndarray:

@@ -46,32 +46,17 @@ def test_interval_equals_agreement_of_repeated_labels():
 
 
 @pytest.mark.parametrize("k", [None, 8])
-def test_grouping_is_agreement_of_the_clusters_of_that_seed(k):
+def test_grouping_of_three_seeds_is_mean_and_deviation_of_single_ones(k):
     rng = np.random.default_rng(0)
-    features, labels = rng.normal(size=(200, 4)).astype(np.float32), rng.integers(0, 5, 200)
-    found = kmeans(torch.from_numpy(features), k or 5, seed=3).labels.numpy()
-    assert grouping(features, labels, k, seed=3) == pytest.approx(reference(found, labels), abs=1e-9)
-
-
-def test_grouping_of_three_seeds_is_mean_and_deviation_of_single_ones():
-    rng = np.random.default_rng(0)
-    features, labels = rng.normal(size=(80, 4)), rng.integers(0, 5, 80)
-    found = grouping(features, labels, seed=4, seeds=3, draws=30)
-    groups = [kmeans(torch.from_numpy(features), 5, seed=seed).labels for seed in (4, 5, 6)]
-    single = [agreement(group, labels, draws=30, seed=4) for group in groups]
-    deviations = {name: found.pop(f"{name}_sd") for name in single[0]}
-    assert deviations == pytest.approx({n: np.std([one[n] for one in single], ddof=1) for n in single[0]}, abs=1e-9)
-    assert flat(found) == pytest.approx({n: np.mean([flat(one)[n] for one in single]) for n in flat(found)}, abs=1e-9)
-    assert min(deviations.values()) > 0
-
-
-def test_lengths_that_differ_are_refused():
-    with pytest.raises(ValueError, match="assignments has shape"):
-        agreement([0, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match="no items"):
-        agreement([], [])
-    with pytest.raises(ValueError, match="k = 4"):
-        grouping(np.eye(3), [0, 1, 2], 4)
+    features, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(0, 5, 80)
+    groups = [kmeans(torch.from_numpy(features), k or 5, seed=seed).labels for seed in (4, 5, 6)]
+    single = [flat(agreement(group, labels, draws=30, seed=4)) for group in groups]
+    assert flat(grouping(features, labels, k, seed=4, draws=30)) == single[0]
+    found = grouping(features, labels, k, seed=4, seeds=3, draws=30)
+    for name in ("ARI", "AMI", "NMI", "purity"):
+        deviation = np.std([one[name, 0] for one in single], ddof=1)
+        assert found.pop(f"{name}_sd") == pytest.approx(deviation, abs=1e-9) and deviation > 0
+    assert flat(found) == pytest.approx({n: np.mean([one[n] for one in single]) for n in single[0]}, abs=1e-9)
 
 
 def separated(x, y, rows=None):
@@ -123,3 +108,21 @@ def test_silhouette_of_many_items_is_of_a_sample_that_the_seed_draws(monkeypatch
     drawn = [separation(x, y, seed=seed)["silhouette"] for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len({whole, *drawn}) == 4
     assert drawn == pytest.approx([whole] * 4, abs=0.1)
+
+
+def test_many_groups_share_chance_agreement_and_keep_the_interval(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 30, 900)
+    found = np.where(rng.random(900) < 0.5, labels, rng.integers(0, 30, 900))
+    exact = agreement(found, labels, draws=100)["AMI"]
+    monkeypatch.setattr(clusters, "LARGE_TABLE", 10)
+    shared = agreement(found, labels, draws=100)["AMI"]
+    assert shared == exact and shared.low != exact.low
+    assert shared.low == pytest.approx(exact.low, abs=0.2 * (exact.high - exact.low))
+    assert shared.high == pytest.approx(exact.high, abs=0.2 * (exact.high - exact.low))
+
+
+def test_interval_ends_where_the_measure_does():
+    labels = np.repeat([0, 1], 150)
+    found = agreement(np.where(np.arange(300) == 0, 1, labels), labels, draws=200)
+    assert all(value.low <= value <= value.high <= 1 for value in found.values())

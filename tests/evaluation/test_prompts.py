@@ -32,13 +32,6 @@ def test_classifier_equals_open_clip():
     assert found.shape == (7, 3)
 
 
-def test_template_without_place_for_the_name_is_refused():
-    with pytest.raises(ValueError, match="a photo"):
-        prompts.classifier(lambda texts: torch.ones(len(texts), 2), ["cat"], ["{}", "a photo"])
-    with pytest.raises(ValueError, match="class_names is empty"):
-        prompts.classifier(lambda texts: torch.ones(len(texts), 2), [], ["{}"])
-
-
 def problem(rows):
     """Columns of different length; class 0 has no image, others few. Also the cosines."""
     rng = np.random.default_rng(0)
@@ -49,31 +42,21 @@ def problem(rows):
     return image, weights, labels, image / np.linalg.norm(image, axis=1, keepdims=True) @ directions
 
 
-def macro_recall(labels, predicted):
-    return 100 * recall_score(labels, predicted, labels=np.unique(labels), average="macro")
-
-
 @pytest.mark.parametrize("block", [1, 2**24])
-def test_accuracies_equal_scikit_learn(monkeypatch, block):
+def test_value_and_interval_equal_scikit_learn_also_where_a_resample_lacks_a_class(monkeypatch, block):
     monkeypatch.setattr(prompts, "BLOCK_ELEMENTS", block)
-    image, weights, labels, scores = problem(300)
-    expected = {f"top{k}": 100 * top_k_accuracy_score(labels, scores, k=k, labels=np.arange(9)) for k in (1, 5)}
-    expected["mean_per_class"] = macro_recall(labels, scores.argmax(axis=1))
-    assert zero_shot(image, weights, labels) == pytest.approx(expected, abs=1e-4)
-    assert expected["mean_per_class"] + 0.1 < expected["top1"] < expected["top5"] < 100
-
-
-def test_interval_where_resamples_lack_a_class_equals_scikit_learn_on_copies():
-    image, weights, labels, scores = problem(40)
+    image, weights, labels, scores = problem(60)
     assert np.bincount(labels)[1:].min() < 3
-    ranked = np.argsort(-scores, axis=1)
 
     def measure(rows):
-        found = {f"top{k}": 100 * (ranked[rows, :k] == labels[rows, None]).any(axis=1).mean() for k in (1, 5)}
-        return found | {"mean_per_class": macro_recall(labels[rows], ranked[rows, 0])}
+        y, found = labels[rows], scores[rows]
+        tops = {f"top{k}": 100 * top_k_accuracy_score(y, found, k=k, labels=np.arange(9)) for k in (1, 5)}
+        recall = recall_score(y, found.argmax(axis=1), labels=np.unique(y), average="macro")
+        return tops | {"mean_per_class": 100 * recall}
 
-    found = flat(zero_shot(image, weights, labels, draws=200, seed=3))
-    assert found == pytest.approx(written_out(measure, 40, 200, 3), abs=1e-4)
+    found = zero_shot(image, weights, labels, draws=100, seed=3)
+    assert flat(found) == pytest.approx(written_out(measure, 60, 100, 3), abs=1e-4)
+    assert found["mean_per_class"] + 0.1 < found["top1"] < found["top5"] < 100
 
 
 def test_degenerate_input_gives_what_it_must():
@@ -82,14 +65,3 @@ def test_degenerate_input_gives_what_it_must():
     assert one == {"top1": 100, "top5": 100, "mean_per_class": 100}
     constant = zero_shot(np.ones((40, 8)), np.eye(8), np.repeat(np.arange(8), 5))
     assert constant == pytest.approx({"top1": 100 / 8, "top5": 500 / 8, "mean_per_class": 100 / 8})
-
-
-def test_what_does_not_fit_is_named():
-    for message, classifier, labels in (
-        (r"image \(3, 3\) and classifier \(2, 3\)", np.ones((2, 3)), [0] * 3),
-        (r"labels has shape \(2,\), its features have 3 rows", np.eye(3), [0] * 2),
-        ("labels is 3 in row 1: expected 0 to 2", np.eye(3), [0, 3, 0]),
-        ("whole numbers", np.eye(3), ["cat", "dog", "cat"]),
-    ):
-        with pytest.raises(ValueError, match=message):
-            zero_shot(np.ones((3, 3)), classifier, labels)

@@ -79,13 +79,3 @@ def test_constant_features_find_nothing_and_a_single_pair_is_found():
     image = np.tile(np.random.default_rng(0).normal(size=64), (700, 1)).astype(np.float32)
     assert set(retrieval(image, image, np.arange(700)).values()) == {0.0}
     assert set(retrieval([[1.0, 2.0]], [[-1.0, 0.0]], [0]).values()) == {100.0}
-
-
-def test_what_does_not_fit_is_named():
-    for message, text, owner in (
-        ("image_of_caption is 2 in row 1: expected 0 to 1", np.eye(2), [0, 2]),
-        (r"image \(2, 2\) and text \(3, 3\)", np.eye(3), [0, 1, 1]),
-        ("image_of_caption has shape", np.eye(2), [0, 1, 1]),
-    ):
-        with pytest.raises(ValueError, match=message):
-            retrieval(np.eye(2), text, owner)

@@ -1,11 +1,13 @@
 """Two towers from open_clip with projection heads: made, run over data, saved and loaded."""
 
+import copy
 import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import TrainConfig, nearest_name
+from protoclip_lab.data.batches import Batches
 from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.randomness import derive
 
@@ -60,10 +63,8 @@ class TwoTowers(nn.Module):
         self.eval_transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
         self.head_cfg = heads
         self.image_head = projection_head(**heads) if heads else None
-        self.text_head = projection_head(**heads) if heads else None
-        if heads:
-            # Both heads start from the same weights: the two spaces begin comparable.
-            self.text_head.load_state_dict(self.image_head.state_dict())
+        # Both heads start from the same weights: the two spaces begin comparable.
+        self.text_head = copy.deepcopy(self.image_head)
         self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if heads else None
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Outputs:
@@ -113,15 +114,13 @@ def create(config: TrainConfig) -> TwoTowers:
         cfg["vision_cfg"]["image_size"] = config.image_size
     if config.text_model:
         name = str(Path(config.text_model).absolute()) if Path(config.text_model).is_dir() else config.text_model
-        length = config.context_length or 77
-        text_cfg = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler"}
-        cfg["text_cfg"] = text_cfg | {"context_length": length, "hf_model_pretrained": config.text_pretrained}
+        cfg["text_cfg"] = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler"}
+        cfg["text_cfg"] |= {"context_length": 77, "hf_model_pretrained": config.text_pretrained}
         cfg["custom_text"] = True
-    elif config.context_length:
+    if config.context_length:
         cfg["text_cfg"]["context_length"] = config.context_length
     if config.alignment == "siglip":
-        cfg["init_logit_scale"] = math.log(10)
-        cfg["init_logit_bias"] = -10.0
+        cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     with torch.random.fork_rng():
         torch.manual_seed(derive(config.seed, "weights"))
         clip = _create_clip(config.model, cfg, config.pretrained if config.pretrained_towers == "both" else None)
@@ -129,18 +128,14 @@ def create(config: TrainConfig) -> TwoTowers:
             whole = open_clip.get_model_config(config.model) | {"vision_cfg": cfg["vision_cfg"]}
             donor = _create_clip(config.model, whole, config.pretrained)
             clip.visual.load_state_dict(donor.visual.state_dict())
-        heads = None
-        if config.objective == "protoclip":
-            sizes = {"hidden": config.projection_hidden, "out": config.projection_dim, "depth": config.projection_depth}
-            heads = {"width": cfg["embed_dim"], **sizes}
+        sizes = {"hidden": config.projection_hidden, "out": config.projection_dim, "depth": config.projection_depth}
+        heads = {"width": cfg["embed_dim"], **sizes} if config.objective == "protoclip" else None
         model = TwoTowers(clip, cfg, _tokenizer(cfg, config.model), heads)
     if config.lock_image:
         groups = config.lock_image_unlocked_groups
         if groups and isinstance(clip.visual, ModifiedResNet):
-            raise ValueError(
-                f"lock_image_unlocked_groups = {groups}: open_clip locks the image tower of {config.model!r} only as a "
-                "whole; the nearest valid value is 0, or take a ViT"
-            )
+            why = f"open_clip locks the image tower of {config.model!r} only as a whole; the nearest valid value is 0"
+            raise ValueError(f"lock_image_unlocked_groups = {groups}: {why}, or take a ViT")
         clip.lock_image_tower(unlocked_groups=groups, freeze_bn_stats=config.lock_image_freeze_bn)
     return model
 
@@ -184,14 +179,9 @@ def load(path: str | Path) -> TwoTowers:
     if not (folder / "open_clip_config.json").exists():
         raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
     cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    name = f"local-dir:{folder}"
-    heads = None
-    if (folder / "heads.json").exists():
-        heads = json.loads((folder / "heads.json").read_text())["heads"]
-    model = _assemble(name, cfg, heads)
-    if heads:
-        _load_heads(model, folder)
-    return model
+    about = folder / "heads.json"
+    heads = json.loads(about.read_text())["heads"] if about.exists() else None
+    return _load_heads(_assemble(f"local-dir:{folder}", cfg, heads), folder)
 
 
 def fingerprint(model: TwoTowers) -> str:
@@ -207,18 +197,16 @@ def fingerprint(model: TwoTowers) -> str:
 def restore(model: TwoTowers, folder: Path) -> None:
     """Put a checkpoint's weights into a model made by :func:`create` with the same settings."""
     load_model(model.clip, str(folder / WEIGHTS))
-    if model.head_cfg:
-        _load_heads(model, folder)
+    _load_heads(model, folder)
 
 
-def encode_images(
-    model: TwoTowers, images: Sequence[Image.Image], *, batch_size: int = 256, workers: int = 0, progress: bool = True
-) -> Outputs:
+def encode_images(model: TwoTowers, images: Sequence, *, batch_size=256, workers=0, progress=True) -> Outputs:
     """Image features z_I and h_I of an indexable of PIL images, (N, d) float32 on the CPU, in eval mode.
 
     The features of an image that cannot be read are NaN; a warning is logged that names it.
     """
-    loader = torch.utils.data.DataLoader(_Transformed(images, model.eval_transform), batch_size, num_workers=workers)
+    read = partial(_transformed, images, model.eval_transform)
+    loader = torch.utils.data.DataLoader(range(len(images)), batch_size, num_workers=workers, collate_fn=read)
     bar = tqdm(loader, desc="encoding images", disable=not progress, mininterval=2, leave=False)
     return _encode(model, ((batch, None) for batch in bar))
 
@@ -233,13 +221,9 @@ def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int =
 
 def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
     """All four features of some rows of a table, (n, d) float32 on the CPU, under the eval transform."""
-
-    def batch(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.stack([model.eval_transform(pairs.image(row)) for row in rows])
-        return images, model.tokenizer([pairs.caption(row) for row in rows])
-
+    batches = Batches(pairs, {"eval": model.eval_transform}, model.tokenizer, seed=0)
     starts = tqdm(range(0, len(rows), batch_size), desc="encoding pairs", mininterval=2, leave=False)
-    return _encode(model, (batch(rows[start : start + batch_size]) for start in starts))
+    return _encode(model, (batches["eval", "encode", 0, rows[start : start + batch_size]] for start in starts))
 
 
 @torch.no_grad()
@@ -256,20 +240,15 @@ def _encode(model: TwoTowers, batches: Iterable[tuple[Tensor | None, Tensor | No
     return Outputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-class _Transformed(torch.utils.data.Dataset):
-    def __init__(self, images: Sequence[Image.Image], transform: Callable) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
+def _transformed(images: Sequence[Image.Image], transform: Callable, rows: Sequence[int]) -> Tensor:
+    batch = []
+    for row in rows:
         try:
-            return self.transform(self.images[index])
+            batch.append(transform(images[row]))
         except OSError as error:
             log.warning("%s", error)
-            return torch.full_like(self.transform(Image.new("RGB", (8, 8))), torch.nan)
+            batch.append(torch.full_like(transform(Image.new("RGB", (8, 8))), torch.nan))
+    return torch.stack(batch)
 
 
 def _assemble(name: str, cfg: dict, heads: dict | None, pretrained: str | None = None) -> TwoTowers:
@@ -278,12 +257,11 @@ def _assemble(name: str, cfg: dict, heads: dict | None, pretrained: str | None =
 
 
 def _load_pretrained(name: str, tag: str) -> TwoTowers:
+    for key, known in ((name, open_clip.list_models()), (tag, open_clip.list_pretrained_tags_by_model(name))):
+        if key not in known and not os.path.isfile(key):
+            near = f"; the nearest is {nearest_name(key, known)!r}" if known else ""
+            raise ValueError(f"open_clip:{name}/{tag}: open_clip does not know {key!r}{near}; write open_clip:NAME/TAG")
     cfg = open_clip.get_model_config(name)
-    known = open_clip.list_models() if cfg is None else open_clip.list_pretrained_tags_by_model(name)
-    wrong = name if cfg is None else tag
-    if cfg is None or (tag not in known and not os.path.exists(tag)):
-        near = f"; the nearest is {nearest_name(wrong, known)!r}" if known else ""
-        raise ValueError(f"open_clip:{name}/{tag}: open_clip does not know {wrong!r}{near}; write open_clip:NAME/TAG")
     if (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu"):
         cfg["quick_gelu"] = True
     return _assemble(name, cfg, None, tag)
@@ -339,18 +317,14 @@ def _authors_config(state: dict[str, Tensor]) -> dict:
 
 def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:
     if pretrained and os.path.isdir(pretrained):
-        weights = Path(pretrained) / WEIGHTS
-        if not weights.exists():
-            raise FileNotFoundError(f"pretrained = {pretrained!r} is a folder without {WEIGHTS}")
-        pretrained = str(weights)
-    overrides = {key: value for key, value in cfg.items() if key != "custom_text"}
+        pretrained = os.path.join(pretrained, WEIGHTS)
+    # The whole configuration goes in as overrides: what is saved is then what was built.
+    options = cfg | {"pretrained": pretrained or None, "force_custom_text": cfg.get("custom_text", False)}
+    options.pop("custom_text", None)
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # open_clip warns of random weights, which are what was asked for
     try:
-        # The whole configuration goes in as overrides: what is saved is then what was built.
-        return open_clip.create_model(
-            name, pretrained=pretrained or None, force_custom_text=cfg.get("custom_text", False), **overrides
-        )
+        return open_clip.create_model(name, **options)
     finally:
         logging.disable(previous)
 
@@ -363,6 +337,8 @@ def _tokenizer(cfg: dict, name: str) -> Callable:
     return open_clip.get_tokenizer(name, context_length=length)
 
 
-def _load_heads(model: TwoTowers, folder: Path) -> None:
-    towers = {f"clip.{name}": value for name, value in model.clip.state_dict().items()}
-    model.load_state_dict(towers | load_file(folder / HEADS))
+def _load_heads(model: TwoTowers, folder: Path) -> TwoTowers:
+    if model.head_cfg:
+        towers = {f"clip.{name}": value for name, value in model.clip.state_dict().items()}
+        model.load_state_dict(towers | load_file(folder / HEADS))
+    return model

@@ -69,15 +69,14 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0) -> np.nd
 
 
 @matplotlib.rc_context(STYLE)
-def joint_map(
-    xy: np.ndarray, is_text: np.ndarray, *, gap: float | None = None, links: int = 60, method="umap", seed: int = 0
-) -> Figure:
+def joint_map(xy: np.ndarray, is_text: np.ndarray, *, gap=None, links=60, method="umap", seed=0) -> Figure:
     """Joint map of image and text features; lines join some of the pairs, the title tells the gap.
 
     Args:
         xy: (n, 2) from :func:`embed` over both modalities.
         is_text: (n,) bool.
-        gap: the modality gap, as :func:`protoclip_lab.evaluation.modality_gap` measures it on the features.
+        gap: the modality gap, as :func:`protoclip_lab.evaluation.modality_gap` measures it on the features; None
+            leaves it out.
         links: how many lines join the i-th image with the i-th text, evenly taken from all; none if there are not
             as many of each.
         method, seed: what made ``xy``, stated under the figure.
@@ -89,18 +88,14 @@ def joint_map(
     title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
     joined = f"{len(drawn)} of {len(pairs):,} pairs joined by a line"
     figure, axes, dots = _map(xy, title, method, seed, joined)
-    for image, text in drawn:
-        axes.plot(*xy[[image, text]].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
+    axes.plot(*xy[drawn].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
     for name, rows, colour, marker in (("image", ~is_text, PALETTE[0], "o"), ("text", is_text, PALETTE[1], "^")):
         axes.scatter(*xy[rows].T, c=colour, marker=marker, label=f"{name} ({rows.sum():,})", **dots)
-    _legend(axes)
-    return figure
+    return _with_legend(figure)
 
 
 @matplotlib.rc_context(STYLE)
-def cluster_map(
-    xy: np.ndarray, labels: Sequence, *, names: Sequence[str] | None = None, title="", method="umap", seed: int = 0
-) -> Figure:
+def cluster_map(xy: np.ndarray, labels: Sequence, *, names=None, title="", method="umap", seed=0) -> Figure:
     """Map of one modality coloured by prototype or by true label.
 
     Args:
@@ -123,8 +118,7 @@ def cluster_map(
     if rest.any():
         label = f"{len(values) - len(shown)} others ({rest.sum():,})"
         axes.scatter(*xy[rest].T, c=REST, label=label, zorder=0, **dots)
-    _legend(axes)
-    return figure
+    return _with_legend(figure)
 
 
 @matplotlib.rc_context(STYLE)
@@ -168,8 +162,7 @@ def progress_curves(table: pd.DataFrame, columns: Sequence[str], *, x: str = "ep
     for axes, column in zip(panels, columns, strict=True):
         for i, run in enumerate(runs):
             line = (table if run is None else table[table[by] == run])[[x, column]].dropna().sort_values(x)
-            style = {"color": PALETTE[i % 7], "linestyle": LINES[i % 4], "marker": "o", "markersize": 3}
-            axes.plot(line[x], line[column], label=str(run), **style)
+            axes.plot(line[x], line[column], "o" + LINES[i % 4], color=PALETTE[i % 7], markersize=3, label=str(run))
         if not table[column].notna().any():
             axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
@@ -217,9 +210,10 @@ def _map(xy, title, method, seed, note="") -> tuple[Figure, Any, dict]:
     return figure, axes, {"s": np.clip(20000 / max(len(xy), 1), 4, 30), "alpha": 0.7, "linewidths": 0}
 
 
-def _legend(axes: Any) -> None:
-    for handle in axes.legend(loc="center left", bbox_to_anchor=(1, 0.5)).legend_handles:
+def _with_legend(figure: Figure) -> Figure:
+    for handle in figure.axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5)).legend_handles:
         handle.set(sizes=[30], alpha=1)
+    return figure
 
 
 def _panels(count: int, height: float = 2.5, **shared) -> tuple[Figure, list]:

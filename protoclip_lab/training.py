@@ -109,16 +109,14 @@ class _Trainer:
         checkpoint = run.latest
         # A resumed run fetches no pretrained weights: its own replace them.
         fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
-        model = encoders.create(config.model_copy(update=fresh))
+        self.bare = model = encoders.create(config.model_copy(update=fresh))
         vit = not hasattr(model.clip.visual, "layer1")
         betas = config.betas or ((0.9, 0.98) if vit else (0.9, 0.999))
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
-        model.to(self.device)
         # The layout convolutions run fastest in, on CPUs and GPUs alike.
-        model.clip.visual.to(memory_format=torch.channels_last)
+        model.to(self.device).clip.visual.to(memory_format=torch.channels_last)
         groups = parameter_groups(model, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
-        self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         preprocess = model.clip.visual.preprocess_cfg
@@ -134,22 +132,21 @@ class _Trainer:
     # --- the loop
 
     def fit(self) -> None:
-        done, total = (self.first - 1) * self.steps, self.config.episodes * self.steps
-        name, trackers = self.run.path.name, []
-        if self.config.tensorboard:
+        config, name, trackers = self.config, self.run.path.name, []
+        done, total = (self.first - 1) * self.steps, config.episodes * self.steps
+        if config.tensorboard:
             trackers.append(TensorBoardTracker("tensorboard", self.run.path, purge_step=done + 1))
-        if self.config.wandb:
-            resumed = {"name": name, "id": name, "resume": "allow", "config": self.config.model_dump()}
-            trackers.append(WandBTracker(self.config.wandb, **resumed))
+        if config.wandb:
+            trackers.append(WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
         self.accelerator.log_with = trackers
         self.accelerator.init_trackers(name)
         with tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1) as self.bar:
             try:
-                for episode in range(self.first, self.config.episodes + 1):
+                for episode in range(self.first, config.episodes + 1):
                     self._episode(episode)
             finally:
                 self.accelerator.end_training()
-        write_json(self.run.path / "finished.json", {"episodes": self.config.episodes, "steps": total})
+        write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
 
     def _episode(self, episode: int) -> None:
         config = self.config
@@ -160,16 +157,15 @@ class _Trainer:
         if lit:
             self.bare.clip.visual.requires_grad_(False)
         teaching = config.objective == "protoclip" and episode > config.infonce_warmup_episodes and not lit
-        if teaching:
-            if self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every:
-                self.records = prototypes.carry(self.records)
-            else:
-                self.bar.set_postfix_str(f"episode {episode}: extracting")
-                with self._timed("extract"):
-                    features = self._extract(episode)
-                self.bar.set_postfix_str(f"episode {episode}: clustering")
-                with self._timed("cluster"):
-                    row |= self._construct(episode, features)
+        if teaching and self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every:
+            self.records = prototypes.carry(self.records)
+        elif teaching:
+            self.bar.set_postfix_str(f"episode {episode}: extracting")
+            with self._timed("extract"):
+                features = self._extract(episode)
+            self.bar.set_postfix_str(f"episode {episode}: clustering")
+            with self._timed("cluster"):
+                row |= self._construct(episode, features)
         with self._timed("learn"):
             row |= self._learn(episode, self.records if teaching else [])
         if config.evaluate_every and episode % config.evaluate_every == 0:
@@ -189,11 +185,10 @@ class _Trainer:
         config = self.config
         self.model.eval()
         stretches = np.split(self.ids, range(config.batch_size, len(self.ids), config.batch_size))
-        found = []
-        for batch in self._read(stretches, transform=config.extraction_transform, purpose="extract", episode=episode):
-            outputs = self.model(*batch)
-            found.append((outputs.image_projection, outputs.text_projection))
-        image, text = map(torch.cat, zip(*found, strict=True))
+        batches = self._read(stretches, transform=config.extraction_transform, purpose="extract", episode=episode)
+        # Of the four outputs the last two, h_I and h_T.
+        projections = [self.model(*batch)[2:] for batch in batches]
+        image, text = map(torch.cat, zip(*projections, strict=True))
         return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
 
     def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
@@ -213,8 +208,7 @@ class _Trainer:
 
                 # The last clustering is asked about this episode's samples, so that both speak of the same.
                 then = clustering.nearest(features[old.teacher], old.teacher_centroids)
-                nmi = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
-                row[f"clusters/{name}/nmi_to_previous"] = float(nmi)
+                row[f"clusters/{name}/nmi_to_previous"] = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
         return row
 
     def _learn(self, episode: int, records: list[Prototypes]) -> dict[str, Any]:
@@ -234,7 +228,12 @@ class _Trainer:
             torch.manual_seed(derive(self.config.seed, "step", step))
             part = slice(index * self.width, (index + 1) * self.width)
             outputs, parts = self._backward(images, tokens, part, records)
-            norm = self._step()
+            # Without grad_clip too: the norm is a metric.
+            parameters = [p for p in self.bare.parameters() if p.grad is not None]
+            norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or math.inf))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.bare.clamp_scales()
             z = torch.stack([outputs.image, outputs.text]).detach()
             moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
@@ -255,15 +254,6 @@ class _Trainer:
         std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
         gap = float((mean[0] - mean[1]).norm())
         return losses | {"gap": gap, "image_std": float(std[0]), "text_std": float(std[1])}
-
-    def _step(self) -> float:
-        """One step of the optimiser; the gradient's norm before clipping."""
-        parameters = [p for p in self.bare.parameters() if p.grad is not None]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.bare.clamp_scales()
-        return float(norm)
 
     def _differentiate(self, outputs: Outputs, part: slice, records: list[Prototypes]) -> dict[str, Tensor]:
         """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
@@ -321,9 +311,8 @@ class _Trainer:
         if config.objective != "protoclip":
             return [], {}
         ks, external = config.teacher_ks(), {}
-        found = [
-            Teacher(name, ks[name], config.temperature, config.proto_weight / 2) for name in STUDENTS if name in ks
-        ]
+        internal = [name for name in STUDENTS if name in ks]
+        found = [Teacher(name, ks[name], config.temperature, config.proto_weight / 2) for name in internal]
         for name, teacher in zip(config.teacher_names(), config.teachers, strict=True):
             external[name] = teachers.load(teacher.features, self.pairs)
             found.append(Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
@@ -344,11 +333,9 @@ class _Trainer:
     def _read(self, rows: list[np.ndarray], **plan: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and tokens of these rows on the device, the time spent waiting for them counted."""
         reading = self.reader.read(rows, **plan)
-        while True:
+        for _ in rows:
             with self._timed("wait"):
-                batch = next(reading, None)
-            if batch is None:
-                return
+                batch = next(reading)
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
             yield images.contiguous(memory_format=torch.channels_last), tokens
 
@@ -396,10 +383,9 @@ class _Trainer:
     def _write(self, episode: int, folder: Path) -> None:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
-        state = {}
-        for name, parameter in self.bare.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+        slots = {name: self.optimizer.state.get(value, {}) for name, value in self.bare.named_parameters()}
+        state = {f"{name}/{key}": value for name, slot in slots.items() for key, value in slot.items()}
+        state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
         save_file(state, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         write_json(folder / "trainer.json", {"episode": episode, "step": episode * self.steps, "scaler": scaler})

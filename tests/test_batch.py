@@ -32,7 +32,8 @@ NOTEBOOKS = {
         'run = "x"\nseed = 0\nobjective = "clip"\nepisodes = 3\nk = 200\nlr = 0.1\nteachers = []',
         LOG.format(folder="run"),
     ),
-    "05_evaluate": ('output = "x"\nrun = ""', LOG.format(folder="output")),
+    "04_gap": ('output = "x"\nrun = ""', LOG.format(folder="output")),
+    "05_evaluate": ('output = "x"\ncheckpoint = ""', LOG.format(folder="output")),
     "06_compare": (
         'output = "x"\nruns = []',
         'Path(output, "comparison.csv").write_text("measure,clip,protoclip\\nshape <top-1>,41.2 ± 0.8,55.0 ± 1.2\\n")',
@@ -121,20 +122,23 @@ def test_parameters_are_resolved_to_absolute_paths_and_typed_values(lab: Path) -
     }
 
 
-def test_notebooks_with_a_run_get_each_run_and_those_with_runs_get_all(lab: Path) -> None:
+def test_notebooks_with_a_run_or_checkpoint_get_each_run_and_those_with_runs_get_all(lab: Path) -> None:
+    write_recipe(lab, RECIPE.replace("05_evaluate: {}", "04_gap: {}\n05_evaluate: {}"))
     steps = plan()
     runs = [step.parameters["run"] for name, step in steps.items() if name.startswith("03_train/")]
     evaluated = [step for name, step in steps.items() if name.startswith("05_evaluate/")]
-    assert [step.parameters["run"] for step in evaluated] == runs
+    assert [step.parameters["checkpoint"] for step in evaluated] == runs
+    assert [step.parameters["run"] for name, step in steps.items() if name.startswith("04_gap/")] == runs
     assert [step.output.name for step in evaluated] == [Path(run).name for run in runs]
     assert steps["06_compare"].parameters["runs"] == runs
-    assert set(steps["06_compare"].upstream) == {s for n, s in steps.items() if n[:2] in {"03", "05"}}
+    assert set(steps["06_compare"].upstream) == {s for n, s in steps.items() if n[:2] in {"03", "04", "05"}}
 
 
 def test_a_run_named_in_the_recipe_is_taken_instead(lab: Path) -> None:
-    write_recipe(lab, '05_evaluate: {run: "elsewhere/clip"}\n06_compare: {runs: [a, b]}')
-    evaluate, compare = batch.plan("tiny")[0]
-    assert evaluate.parameters["run"] == "elsewhere/clip"
+    named = '04_gap: {run: "elsewhere/clip"}\n05_evaluate: {checkpoint: "elsewhere/clip"}'
+    write_recipe(lab, named + "\n06_compare: {runs: [a, b]}")
+    gap, evaluate, compare = batch.plan("tiny")[0]
+    assert gap.parameters["run"] == evaluate.parameters["checkpoint"] == "elsewhere/clip"
     assert compare.parameters["runs"] == ["a", "b"]
 
 

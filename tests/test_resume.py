@@ -3,10 +3,12 @@
 import multiprocessing
 import signal
 
+import pandas as pd
 import pytest
 from helpers import run_training, toy_settings, toy_table, train_and_die
 from safetensors.torch import load_file
 
+from protoclip_lab.evaluation.suite import evaluate_checkpoint
 from protoclip_lab.runs import Run, damaged_files
 from protoclip_lab.training import train
 
@@ -105,6 +107,28 @@ def test_half_a_row_at_the_end_is_dropped(table, settings, unbroken, tmp_path):
         file.write('{"kind": "step", "episo')
     assert in_process(run_training, config) == 0
     assert_same(Run(tmp_path / "run"), unbroken)
+
+
+def test_evaluations_made_while_training_and_kept_over_a_kill_are_those_of_the_checkpoints(table, tmp_path):
+    where = {"image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
+    world = {"name": "world", "table": str(table), "label": "colour", **where}
+    world |= {"measures": ["zero_shot", "grouping", "retrieval", "gap"]}
+    # Intervals are drawn from the run's seed in both.
+    config = toy_settings(table, tmp_path / "run", evaluate_every=1, evaluation_sets=[world], seed=2)
+    assert in_process(train_and_die, config, "learning", 8) == -signal.SIGKILL
+    run = Run(tmp_path / "run")
+    before = (run.path / "evaluation.jsonl").read_bytes()
+    assert run.evaluations()["checkpoint"].unique().tolist() == ["episode_0001", "episode_0002"]
+    assert in_process(run_training, config) == 0
+    assert (run.path / "evaluation.jsonl").read_bytes().startswith(before)
+    rows = run.evaluations()
+    assert rows["checkpoint"].unique().tolist() == [checkpoint.name for checkpoint in run.checkpoints()]
+    assert rows["low"].notna().sum() > 30
+    for checkpoint in run.checkpoints():
+        trained = rows[rows["checkpoint"] == checkpoint.name].reset_index(drop=True)
+        assert trained["measure"].str.contains("prototypes").any() == (checkpoint.name != "episode_0001")
+        again = evaluate_checkpoint(checkpoint, sets=[world], seed=2)
+        pd.testing.assert_frame_equal(again, trained, rtol=1e-5, atol=1e-6)
 
 
 def test_other_workers_change_nothing(table, settings, unbroken, tmp_path):

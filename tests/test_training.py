@@ -217,11 +217,11 @@ def test_two_external_teachers_teach_with_their_own_weights(run, teacher):
     assert not torch.allclose(records[2].targets, records[2].centroids)
 
 
-def test_evaluations_come_every_n_episodes_with_their_episode(run, table):
+def test_evaluations_come_every_n_episodes_with_their_checkpoint(run, table):
     where = {"where": {"split": "test"}, "image_root": str(table.with_name("images.tar"))}
     held_out = {"name": "held out", "table": str(table), "measures": ["retrieval"], **where}
     rows = run(evaluate_every=2, evaluation_sets=[held_out], episodes=4).evaluations()
-    assert rows["episode"].unique().tolist() == [2, 4]
+    assert rows["checkpoint"].unique().tolist() == ["episode_0002", "episode_0004"]
     assert set(rows["dataset"]) == {"held out"} and "retrieval_mean_recall" in set(rows["measure"])
     with pytest.raises(ValueError, match="'retreival'"):
         run(evaluate_every=2, evaluation_sets=[held_out | {"measures": ["retreival"]}])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
@@ -36,6 +37,7 @@ class Pairs(Sequence):
     ``pairs[i]`` is ``(PIL image, caption)``. Made by :func:`prepare`, opened again by ``Pairs(folder)``.
 
     Attributes:
+        about: what ``pairs.json`` says.
         folder: where it lies, with ``pairs.json`` (source, fingerprint, counts) and ``bad_rows.jsonl``.
         fingerprint: SHA-256 over (file path, caption) of the rows in order; teacher features are tied to it.
         source: the table it was made from.
@@ -46,10 +48,8 @@ class Pairs(Sequence):
         from datasets import load_from_disk
 
         self.folder = Path(folder)
-        about = json.loads((self.folder / "pairs.json").read_text())
-        self.fingerprint: str = about["fingerprint"]
-        self.source: str = about["source"]
-        self.bad_rows: int = about["bad_rows"]
+        self.about = about = json.loads((self.folder / "pairs.json").read_text())
+        self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
         self._root = Path(about["files"][0])
         self._table = load_from_disk(str(self.folder / "table")).data.table.combine_chunks()
 
@@ -86,9 +86,8 @@ class Pairs(Sequence):
         try:
             return read_image(self._root, filepath, place)
         except Exception as error:  # a decoder may raise anything on a broken file
-            now = f"was readable when the table was prepared and is not now: {error}"
-            todo = "Bring the file back, or run 01_prepare_data again."
-            raise OSError(f"{filepath} ({self.source}, row {row}) {now}. {todo}") from error
+            now = f"was readable when prepared, is not now: {error}. Bring it back, or run 01_prepare_data again."
+            raise OSError(f"{filepath} ({self.source}, row {row}) {now}") from error
 
 
 def read_image(root: Path, name: str, place: Sequence[int] = NO_PLACE) -> Image.Image:
@@ -131,27 +130,23 @@ def read_table(path: Path) -> tuple[pa.Table, list[dict]]:
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
         table = parquet.read_table(path)
         columns = {name: table.column(name).cast(pa.string()) for name in table.column_names}
         return pa.table({**columns, "_row": np.arange(1, table.num_rows + 1)}), []
     if suffix not in (".tsv", ".csv", ".txt"):
         raise ValueError(f"{path} is not a table: expected .tsv, .csv or .parquet, or a folder of 01_prepare_data")
     dialect = {} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    good, bad = [], []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, **dialect)
-        header = next(reader, [])
-        for fields in reader:
-            if len(fields) == len(header):
-                good.append((*fields, reader.line_num))
-            elif fields:
-                wrong = f"{len(fields)} fields, {len(header)} expected"
-                bad.append({"row": reader.line_num, "filepath": "", "reason": wrong})
-    types = {**dict.fromkeys(header, pa.string()), "_row": pa.int64()}
-    columns = list(zip(*good, strict=True)) or [()] * (len(header) + 1)
-    return pa.table(dict(zip([*header, "_row"], columns, strict=True)), schema=pa.schema(types)), bad
+        header = [*next(reader, []), "_row"]
+        rows = [(*fields, reader.line_num) for fields in reader if fields]
+    good = [row for row in rows if len(row) == len(header)]
+    odd = [row for row in rows if len(row) != len(header)]
+    columns = {name: [row[index] for row in good] for index, name in enumerate(header)}
+    types = dict.fromkeys(header, pa.string()) | {"_row": pa.int64()}
+    wrong = f"fields, {len(header) - 1} expected"
+    bad = [{"row": row[-1], "filepath": "", "reason": f"{len(row) - 1} {wrong}"} for row in odd]
+    return pa.table(columns, schema=pa.schema(types)), bad
 
 
 def prepare(
@@ -186,12 +181,11 @@ def prepare(
     """
     table, out, where = Path(table), Path(out), dict(where or {})
     if (table / "pairs.json").exists():
-        about = json.loads((table / "pairs.json").read_text())
+        made = Pairs(table)
         for name, asked in (("where", where), ("dataset_size", dataset_size)):
-            if asked and asked != about[name]:
-                made = f"prepared already, with {name} = {about[name]}, not {asked}"
-                raise ValueError(f"{table} is {made}: name the table it was made from")
-        return Pairs(table)
+            if asked and asked != made.about[name]:
+                raise ValueError(f"{table}, prepared already, has {name} = {made.about[name]}, not {asked}: name its source")
+        return made
     if not table.is_file():
         raise FileNotFoundError(f"{table.absolute()} is neither a table nor a folder that 01_prepare_data has finished")
     root = Path(image_root) if image_root else table.parent
@@ -200,7 +194,7 @@ def prepare(
     stat = [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in (table, root)]
     arguments = [stat, image_column, caption_column, where, dataset_size, max_bad_share]
     key = hashlib.sha256(json.dumps(arguments, sort_keys=True, default=str).encode()).hexdigest()
-    if (out / "pairs.json").exists() and json.loads((out / "pairs.json").read_text())["key"] == key:
+    if (out / "pairs.json").exists() and Pairs(out).about["key"] == key:
         return Pairs(out)
 
     rows, bad = read_table(table)
@@ -226,12 +220,11 @@ def prepare(
         raise BadRows(f"{found}: {first}. All of them: {report}")
     if bad:
         log.warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
-    keep = [index for index, reason in enumerate(reasons) if not reason][:dataset_size]
-    if not keep:
+    rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
+    if not len(rows):
         raise ValueError(f"{table} has no usable pair{f' where {where}' if where else ''}")
-    paths, captions = [paths[i] for i in keep], [captions[i] for i in keep]
+    paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
     offsets, sizes = zip(*(places.get(path, NO_PLACE) for path in paths), strict=True)
-    rows = rows.take(keep)
     images = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
     columns = dict(zip(OWN, (paths, captions, rows["_row"], images, offsets, sizes), strict=True))
     columns |= {n: rows[n] for n in rows.column_names if n not in (*OWN, image_column, caption_column)}
@@ -265,11 +258,10 @@ def _select(rows: pa.Table, where: Mapping[str, Any], name: Path) -> pa.Table:
         raise ValueError(f"{name} has a column 'split' with {found}: say which, e.g. where={{'split': {found[:1]}}}")
     for column, wanted in where.items():
         values = [str(v) for v in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        chosen = rows.filter(pa.array([value in values for value in rows[column].to_pylist()], pa.bool_()))
-        if not len(chosen):
-            found = rows[column].unique().to_pylist()[:10]
+        found = rows[column].unique().to_pylist()[:10]
+        rows = rows.filter(pa.array([value in values for value in rows[column].to_pylist()], pa.bool_()))
+        if not len(rows):
             raise ValueError(f"no row of {name} has {column} = {wanted!r}; values there: {found}")
-        rows = chosen
     return rows
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -52,16 +52,15 @@ def watcher(run):
         process.communicate()
 
 
-def until(there, process):
-    """Wait for a condition while a process runs."""
-    waited = 0.0
-    while not there():
-        try:
-            process.wait(timeout=0.05)
-        except subprocess.TimeoutExpired:
-            waited += 0.05
-        assert process.returncode is None, process.communicate()
-        assert waited < DEADLINE, "it never came"
+def until(there, running, wait):
+    """Wait for a condition while a process runs; ``wait(seconds)`` returns or times out."""
+    for _ in range(int(DEADLINE / 0.05)):
+        if there():
+            return
+        with suppress(subprocess.TimeoutExpired):
+            wait(0.05)
+        assert running(), "it ended"
+    pytest.fail("it never came")
 
 
 def rows_of(run):
@@ -75,9 +74,10 @@ def test_killed_interrupted_and_started_again_while_a_run_trains_each_checkpoint
     training.start()
     for _ in range(2):
         permits.release()
-    with watcher_of_a_run_to_come(run, training) as first:
+    until((run / "checkpoints" / checkpoint_name(1)).exists, training.is_alive, training.join)
+    with watcher(run) as first:
         # Killed in mid-evaluation of a later checkpoint, or while it waits for one.
-        until((run / "evaluation.jsonl").exists, first)
+        until(lambda: (run / "evaluation.jsonl").stat().st_size, lambda: first.poll() is None, first.wait)
         first.kill()
         first.wait()
     before = (run / "evaluation.jsonl").read_bytes()
@@ -112,18 +112,6 @@ def test_killed_interrupted_and_started_again_while_a_run_trains_each_checkpoint
     last = table_shown.rpartition("checkpoints evaluated")[2]
     assert all(part in last for part in ("episode_0001", "episode_0004", "zero_shot_top1", "background"))
     assert "nan" not in last.lower()
-
-
-@contextmanager
-def watcher_of_a_run_to_come(run, training):
-    """A watcher of a run whose training has just been started: from its first checkpoint on."""
-    waited = 0.0
-    while not (run / "checkpoints" / checkpoint_name(1)).exists():
-        training.join(timeout=0.05)
-        waited += 0.05
-        assert training.exitcode is None and waited < DEADLINE
-    with watcher(run) as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Each notebook runs alone under papermill at tiny size, and refuses what it does not know in its first cells."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -74,7 +76,8 @@ def run(folder, data, teacher):
 
 @pytest.fixture(scope="module")
 def evaluated(folder, run):
-    execute("05_evaluate", folder, run=str(run), output=str(folder / "evaluation"))
+    printed = execute("05_evaluate", folder, checkpoint=str(run), output=str(folder / "evaluation"), draws=20)
+    assert f"table: {folder / 'evaluation' / 'evaluation.csv'}" in printed
     return run
 
 
@@ -110,7 +113,19 @@ def test_05_measures_every_factor_on_held_out_samples(folder, evaluated):
     assert {"zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_ARI"} <= set(
         rows["measure"]
     )
-    assert rows["episode"].eq(3).all() and (folder / "evaluation" / "evaluation.csv").exists()
+    assert rows["checkpoint"].eq("episode_0003").all()
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "evaluation" / "evaluation.csv"), rows)
+
+
+def test_05_measures_what_is_asked_of_a_checkpoint_folder(folder, run, tmp_path):
+    copy = shutil.copytree(Run(run).checkpoints()[0], tmp_path / "elsewhere")
+    table = Path(json.loads((folder / "data" / "pairs" / "pairs.json").read_text())["source"])
+    world = {"name": "held out", "table": str(table), "image_root": str(table.with_name("images.tar"))}
+    given = {"sets": [{**world, "where": {"split": "test"}}], "measures": ["retrieval"], "draws": 0}
+    execute("05_evaluate", tmp_path, checkpoint=str(copy), output=str(tmp_path / "out"), **given)
+    rows = pd.read_csv(tmp_path / "out" / "evaluation.csv")
+    assert rows["checkpoint"].eq(str(copy)).all() and rows["dataset"].eq("held out").all()
+    assert len(rows) == 7 and rows["measure"].str.startswith("retrieval_").all()
 
 
 def test_06_compares_runs(folder, evaluated):
@@ -126,6 +141,7 @@ def test_06_compares_runs(folder, evaluated):
         ("01_prepare_data", {"siez": 10}, "'size'"),
         ("03_train", {"episodez": 1}, "'episodes'"),
         ("03_train", {"lr": -1}, "nearest valid value is 0"),
+        ("05_evaluate", {"data_rot": "x"}, "'data_root'"),
     ],
 )
 def test_mistyped_and_out_of_range_parameters_fail_before_anything_runs(tmp_path, name, wrong, nearest):

@@ -1,4 +1,11 @@
-"""``python -m protoclip_lab``: run a recipe of notebooks, train a run, evaluate a checkpoint, watch a run."""
+"""protoclip_lab from the command line.
+
+run RECIPE           execute a recipe of notebooks: a name in notebooks/recipes, such as demo, or a path;
+                     finished steps are kept, unfinished ones continued
+train CONFIG         train one run by settings of TrainConfig in YAML or JSON; an unfinished one is resumed
+evaluate CHECKPOINT  evaluate a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors
+watch RUN            evaluate each checkpoint of a run as it appears, until the run is finished
+"""
 
 import argparse
 import sys
@@ -13,7 +20,7 @@ from protoclip_lab.runs import headlines
 
 def _run(arguments: argparse.Namespace) -> None:
     try:
-        index = batch.run(arguments.recipe, arguments.parameters, arguments.out)
+        index = batch.run(arguments.what, arguments.parameters, arguments.out or None)
     except batch.StepFailed as error:
         sys.exit(f"error: {error}\nThe same command continues from there.")
     print(f"report: {index}")
@@ -30,56 +37,53 @@ def _parameters(arguments: argparse.Namespace) -> dict:
 def _train(arguments: argparse.Namespace) -> None:
     from protoclip_lab import training
 
-    settings = batch.read_yaml(Path(arguments.config).read_text("utf-8"))
+    settings = batch.read_yaml(Path(arguments.what).read_text("utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError(f"{arguments.config} holds no lines of `name: value`")
+        raise ValueError(f"{arguments.what} holds no lines of `name: value`")
     try:
         training.train(TrainConfig(**settings | _parameters(arguments)))
     except training.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
 
 
+def _options(arguments: argparse.Namespace) -> dict:
+    return {name: getattr(arguments, name) for name in ("data_root", "datasets", "measures")} | _parameters(arguments)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from protoclip_lab.evaluation import suite
 
-    options = {name: getattr(arguments, name) for name in ("data_root", "datasets", "measures")}
-    options |= _parameters(arguments)
-    if arguments.command == "evaluate":
-        options |= {"checkpoint": arguments.checkpoint, "output": arguments.out}
-        print(suite.summary(call(suite.evaluate_checkpoint, options, suite.evaluate)).to_string())
-        return
-    for rows in call(suite.watch, {"run": arguments.run, **options}, suite.evaluate_checkpoint, suite.evaluate):
+    options = {"checkpoint": arguments.what, "output": arguments.out, **_options(arguments)}
+    print(suite.summary(call(suite.evaluate_checkpoint, options, suite.evaluate)).to_string())
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from protoclip_lab.evaluation import suite
+
+    options = {"run": arguments.what, **_options(arguments)}
+    for rows in call(suite.watch, options, suite.evaluate_checkpoint, suite.evaluate):
         if sys.stdout.isatty():
             print("\033[2J\033[H", end="")  # the table stands in its place
-        print(f"{arguments.run}: {rows['checkpoint'].nunique()} checkpoints evaluated")
+        print(f"{arguments.what}: {rows['checkpoint'].nunique()} checkpoints evaluated")
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 
 def main() -> None:
     """Parse the command line and go; exit status 1 on an error, 128 + signal when stopped."""
-    parser = argparse.ArgumentParser(prog="python -m protoclip_lab", description=__doc__.replace("``", ""))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | train | evaluate | watch")
-    added = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
-    added["run"].add_argument("recipe", help="a name in notebooks/recipes, such as demo, or a path")
-    added["run"].add_argument("--out", metavar="FOLDER", help="report folder (default: reports/RECIPE)")
-    added["train"].add_argument("config", help="settings of TrainConfig as YAML or JSON")
-    what = "a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors"
-    added["evaluate"].add_argument("checkpoint", help=what)
-    out = "folder for evaluation.csv (default: the run's)"
-    added["evaluate"].add_argument("--out", metavar="FOLDER", default="", help=out)
-    added["watch"].add_argument("run", help="run folder of a training")
-    for name in ("evaluate", "watch"):
-        root, sets, measures = "folder of the sets known by name", "cifar10 coco2017 ...", "zero_shot retrieval ..."
-        added[name].add_argument("--data-root", metavar="FOLDER", default="", help=root)
-        added[name].add_argument("--datasets", nargs="+", default=[], metavar="NAME", help=f"{sets} (default: all)")
-        added[name].add_argument("--measures", nargs="+", default=[], metavar="NAME", help=f"{measures} (default: all)")
-    samples = {"run": "03_train.episodes=2", "train": "episodes=2", "evaluate": "draws=200", "watch": "batch_size=64"}
-    for name, sample in samples.items():
-        text = f"a further setting: {sample}; may be repeated"
-        added[name].add_argument("-p", action="append", default=[], dest="parameters", metavar="NAME=VALUE", help=text)
+    shape = {"prog": "python -m protoclip_lab", "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **shape)
+    parser.add_argument("command", choices=["run", "train", "evaluate", "watch"])
+    parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
+    parser.add_argument("--out", metavar="FOLDER", default="", help="where to write (reports/RECIPE; the run's folder)")
+    parser.add_argument("--data-root", metavar="FOLDER", default="", help="folder of the sets known by name")
+    names = {"metavar": "NAME", "nargs": "+", "default": []}
+    parser.add_argument("--datasets", help="sets under it: cifar10 coco2017 ... (all)", **names)
+    parser.add_argument("--measures", help="zero_shot retrieval ... (all)", **names)
+    setting = "a setting: 03_train.episodes=2, episodes=2, draws=200; may be repeated"
+    parser.add_argument("-p", action="append", default=[], dest="parameters", metavar="NAME=VALUE", help=setting)
     arguments = parser.parse_args()
     try:
-        {"run": _run, "train": _train}.get(arguments.command, _evaluate)(arguments)
+        {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[arguments.command](arguments)
     except ValidationError as error:
         sys.exit("error: " + "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors()))
     except (OSError, ValueError) as error:
@@ -88,13 +92,6 @@ def main() -> None:
         print("stopped; the same command continues from there", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else 2))
 
-
-HELP = {
-    "run": "execute a recipe of notebooks; finished steps are kept, unfinished ones continued",
-    "train": "train one run; an unfinished one is resumed",
-    "evaluate": "evaluate one checkpoint",
-    "watch": "evaluate each checkpoint of a run as it appears",
-}
 
 if __name__ == "__main__":
     main()

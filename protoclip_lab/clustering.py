@@ -25,7 +25,14 @@ class Clusters:
 
 
 def kmeans(
-    features: Tensor, k: int, *, iterations=20, restarts=1, seed: int = 0, init: Tensor | None = None, engine="auto"
+    features: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+    init: Tensor | None = None,
+    engine: str = "auto",
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 

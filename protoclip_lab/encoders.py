@@ -30,6 +30,8 @@ from protoclip_lab.randomness import derive
 
 WEIGHTS = "open_clip_model.safetensors"
 HEADS = "heads.safetensors"
+# Our own small configurations, known to open_clip by name.
+open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,6 @@ def create(config: TrainConfig) -> TwoTowers:
     Raises:
         ValueError: unknown model (the nearest name is given), or an image tower that cannot be partly locked.
     """
-    # Our own small configurations, known to open_clip by name.
-    open_clip.add_model_config(Path(__file__).parent / "model_configs")
     cfg = open_clip.get_model_config(config.model)
     if cfg is None:
         near = nearest_name(config.model, open_clip.list_models())
@@ -174,8 +174,12 @@ def load(path: str | Path) -> TwoTowers:
     if str(path).startswith("open_clip:"):
         return _load_pretrained(*str(path).removeprefix("open_clip:").partition("/")[::2])
     folder = Path(path)
-    if folder.suffix == ".pt":
-        return _load_authors(folder)
+    if folder.suffix == ".pt" and folder.is_file():
+        try:
+            return _load_authors(folder)
+        except Exception as error:  # the file may hold anything
+            what = "a checkpoint of the ProtoCLIP authors' code with CLIP's own towers"
+            raise ValueError(f"{folder} is not {what}: {type(error).__name__}: {error}") from error
     if not (folder / "open_clip_config.json").exists():
         raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
     cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
@@ -200,7 +204,7 @@ def restore(model: TwoTowers, folder: Path) -> None:
     _load_heads(model, folder)
 
 
-def encode_images(model: TwoTowers, images: Sequence, *, batch_size=256, workers=0, progress=True) -> Outputs:
+def encode_images(model: TwoTowers, images: Sequence, *, batch_size: int = 256, workers: int = 0, progress: bool = True) -> Outputs:
     """Image features z_I and h_I of an indexable of PIL images, (N, d) float32 on the CPU, in eval mode.
 
     The features of an image that cannot be read are NaN; a warning is logged that names it.
@@ -274,10 +278,7 @@ def _load_authors(file: Path) -> TwoTowers:
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*names, np.dtype, type(np.dtype(np.float64))]):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    state = {name.removeprefix("module."): value for name, value in (state or {}).items()}
-    if "ln_final.weight" not in state:
-        raise ValueError(f"{file} is no checkpoint of the ProtoCLIP authors' code with CLIP's own text tower")
+    state = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     # Linear layers of the head; BatchNorms between them have weights of one dimension.
     linear = [w for name, w in state.items() if name.startswith("image_projection_head") and w.ndim == 2]
     sizes = {"width": linear[0].shape[1], "hidden": len(linear[0]), "out": len(linear[-1])} if linear else {}

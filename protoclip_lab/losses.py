@@ -8,9 +8,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**24
 
 
-def prototype_loss(
-    features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Tensor | None = None
-) -> Tensor:
+def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Tensor:
     """Cross-entropy of student features against soft prototype targets, in its contracted form.
 
     ``L = mean(logsumexp_k(s h·C_k) − s h·M[y])``. It equals the cross-entropy with the soft target
@@ -40,35 +38,41 @@ def prototype_loss(
 
 
 def prototype_loss_reference(
-    h: Tensor, C: Tensor, T: Tensor, y: Tensor, s: Tensor, tau: float, *, occupied: Tensor | None = None
+    features: Tensor,
+    centroids: Tensor,
+    teacher_centroids: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    temperature: float,
+    *,
+    occupied: Tensor | None = None,
 ) -> Tensor:
     """The prototype loss as the paper writes it: slow, and what the fast form is tested against.
 
     ``p = softmax(T[y] Tᵀ/τ)`` (one-hot at y for τ ≤ 0), ``L = −Σ_k p_k log softmax(s h Cᵀ)_k``, mean over the batch.
 
     Args:
-        h: student features, (B, d).
-        C: student prototypes, (K, d).
-        T: teacher centroids, (K, d_teacher).
-        y: the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
-        s: the inverse temperature, a scalar tensor or a number.
-        tau: τ of the teacher's softmax.
+        features: h, student features, (B, d).
+        centroids: C, student prototypes, (K, d).
+        teacher_centroids: T, (K, d_teacher).
+        labels: y, the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
+        scale: s, the inverse temperature, a scalar tensor or a number.
+        temperature: τ of the teacher's softmax.
         occupied: (K,) bool; the other clusters leave both softmaxes.
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6.
     """
-    h, C, T = _at_least_float32(h, C, T)
+    h, C, T = _at_least_float32(features, centroids, teacher_centroids)
+    y = labels
     if occupied is not None:
         # Dropping the clusters, rather than masking them, leaves no -inf for 0 · -inf to turn into NaN.
         C, T, y = C[occupied], T[occupied], torch.cumsum(occupied, 0)[y] - 1
-    p = F.softmax(T[y] @ T.T / tau, dim=1) if tau > 0 else F.one_hot(y, len(C)).to(h.dtype)
-    return -(p * F.log_softmax(s * h @ C.T, dim=1)).sum(dim=1).mean()
+    p = F.softmax(T[y] @ T.T / temperature, dim=1) if temperature > 0 else F.one_hot(y, len(C)).to(h.dtype)
+    return -(p * F.log_softmax(scale * h @ C.T, dim=1)).sum(dim=1).mean()
 
 
 @torch.no_grad()
-def expected_prototypes(
-    teacher_centroids: Tensor, centroids: Tensor, temperature: float, *, occupied: Tensor | None = None
-) -> Tensor:
+def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperature: float, *, occupied: Tensor | None = None) -> Tensor:
     """Mean student prototype under the teacher's soft assignment, one row per cluster.
 
     ``M = softmax(T Tᵀ / τ) C``. A soft target depends on a sample only through its label, so a training

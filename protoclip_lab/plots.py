@@ -69,7 +69,9 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0) -> np.nd
 
 
 @matplotlib.rc_context(STYLE)
-def joint_map(xy: np.ndarray, is_text: np.ndarray, *, gap=None, links=60, method="umap", seed=0) -> Figure:
+def joint_map(
+    xy: np.ndarray, is_text: np.ndarray, *, gap: float | None = None, links: int = 60, method: str = "umap", seed: int = 0
+) -> Figure:
     """Joint map of image and text features; lines join some of the pairs, the title tells the gap.
 
     Args:
@@ -95,7 +97,7 @@ def joint_map(xy: np.ndarray, is_text: np.ndarray, *, gap=None, links=60, method
 
 
 @matplotlib.rc_context(STYLE)
-def cluster_map(xy: np.ndarray, labels: Sequence, *, names=None, title="", method="umap", seed=0) -> Figure:
+def cluster_map(xy: np.ndarray, labels: Sequence, *, names: Any = None, title: str = "", method: str = "umap", seed: int = 0) -> Figure:
     """Map of one modality coloured by prototype or by true label.
 
     Args:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,7 +71,13 @@ class Prototypes:
 
 
 def construct(
-    features: dict[str, Tensor], teachers: list[Teacher], *, seed: int, back_translation=True, mask_empty=True, **kmeans
+    features: dict[str, Tensor],
+    teachers: list[Teacher],
+    *,
+    seed: int,
+    back_translation: bool = True,
+    mask_empty: bool = True,
+    **kmeans: Any,
 ) -> tuple[list[Prototypes], dict[str, Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 

@@ -107,7 +107,14 @@ class Snapshot:
 
 
 def open_snapshot(
-    run: str | Path, *, checkpoint="", samples=1000, seed=0, method="umap", labels: Sequence[str] = (), output=""
+    run: str | Path,
+    *,
+    checkpoint: str | Path = "",
+    samples: int = 1000,
+    seed: int = 0,
+    method: str = "umap",
+    labels: Sequence[str] = (),
+    output: str | Path = "",
 ) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
 

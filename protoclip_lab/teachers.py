@@ -27,7 +27,7 @@ _LIBRARIES = {"text": ("torch", "transformers", "sentence-transformers"), "image
 _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
-def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **options) -> np.ndarray:
+def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **options: Any) -> np.ndarray:
     """Features of captions by a pretrained text model, L2-normalised and then reduced by PCA.
 
     Computed on a GPU if there is one.
@@ -57,7 +57,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
     return _reduce(np.concatenate([*_embed("text", distinct, model, **options)]), index, dim)[0]
 
 
-def extract_images(images: Sequence, model: str, *, dim: int | None = 64, **options) -> np.ndarray:
+def extract_images(images: Sequence, model: str, *, dim: int | None = 64, **options: Any) -> np.ndarray:
     """Features of images by a pretrained image tower, normalised and reduced like those of :func:`extract`.
 
     Args:
@@ -72,7 +72,7 @@ def extract_images(images: Sequence, model: str, *, dim: int | None = 64, **opti
     return _reduce(np.concatenate([*_embed("image", images, model, **options)]), np.arange(len(images)), dim)[0]
 
 
-def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | None = 64, **options) -> Path:
+def build(pairs: Any, model: str, out: str | Path, *, kind: str = "text", dim: int | None = 64, **options: Any) -> Path:
     """Write the teacher features of a table, one row per pair, and a JSON of the same stem that says what they are.
 
     Embeddings of the distinct captions or images go block by block to ``STEM.partial``, the number done to
@@ -126,7 +126,15 @@ def build(pairs: Any, model: str, out: str | Path, *, kind="text", dim: int | No
 
 
 def teach(
-    output: str | Path, table="shapes", *, model: str, kind="text", dim=64, pooling="mean", batch_size=128, **data
+    output: str | Path,
+    table: str | Path = "shapes",
+    *,
+    model: str,
+    kind: str = "text",
+    dim: int | None = 64,
+    pooling: str = "mean",
+    batch_size: int = 128,
+    **data: Any,
 ) -> tuple[Path, Any]:
     """Teacher features of a table as ``output/teacher.npy``: :func:`build` on its pairs.
 

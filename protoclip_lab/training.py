@@ -367,9 +367,8 @@ class _Trainer:
             raise NonFiniteLoss(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}. {todo}")
 
     def _evaluate(self, episode: int) -> None:
-        rows = suite.evaluate(
-            self.bare, self.sets, records=self.records, seed=self.config.seed, folder=self.run.path / "sets"
-        )
+        options = {"records": self.records, "seed": self.config.seed, "folder": self.run.path}
+        rows = suite.evaluate(self.bare, self.sets, **options)
         record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **row} for row in rows])
 
     def _draw(self, episode: int) -> None:

@@ -70,10 +70,11 @@ class PairImages(Images):
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
-        paths = pairs.column("filepath")
-        # The table's own fingerprint does not say which folder or tar its images are in.
-        mark = fingerprint([str(pairs.folder.absolute())], [pairs.fingerprint])
-        super().__init__([paths[row] for row in self.rows], self._read, mark)
+        paths, root = pairs.column("filepath"), pairs.root
+        names = [paths[row] for row in self.rows]
+        # The table's own fingerprint does not say where its images are, nor whether they changed.
+        files = [root] if root.is_file() else [root / name for name in names]
+        super().__init__(names, self._read, _stamped(files, pairs.fingerprint))
 
     def _read(self, index: int) -> Image.Image:
         return self.pairs.image(self.rows[index])
@@ -182,7 +183,8 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
 
     Raises:
         FileNotFoundError: it is not there; names the places looked at and how to get it.
-        ValueError: class names and folders do not fit.
+        ValueError: class names and folders, or images and labels, do not fit. What a reader finds missing or broken
+            otherwise comes as its own error.
     """
     about, listed = KNOWN[name], Path(root) / name / "classes.txt"
     given = about.get("classes") or (listed if listed.is_file() else None)
@@ -190,17 +192,13 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
     found = find(name, root, [f"{name}/{part}", f"{name}/{part}.tar", *about[part]])
     if found[0].name in TORCHVISION or found[0].parent.name.startswith("cifar-"):
         read = _torchvision if found[0].name in TORCHVISION else _cifar
-        where = f"the {part} part of {name} in {found[0].parent}"
         try:
             images, labels, classes = read(found, part, classes)
-        except (RuntimeError, FileNotFoundError) as error:  # torchvision's, for what it misses
-            raise FileNotFoundError(f"{where} is not all there: {error}. To get it: {about['get']}") from error
-        except Exception as error:  # a reader may raise anything on a broken file
-            raise ValueError(f"{where} cannot be read: {error}. Get it again: {about['get']}") from error
-        if not 0 < len(images) == len(labels):
-            raise ValueError(f"{where} has {len(images)} images, {len(labels)} labels. Get it again: {about['get']}")
-        if max(labels) >= len(classes):
-            raise ValueError(f"{where} has label {max(labels)}, {name} only {len(classes)} class names")
+            if not 0 < len(images) == len(labels) or max(labels) >= len(classes):
+                raise ValueError(f"{len(images)} images, {len(labels)} labels of {len(classes)} classes do not fit")
+        except ValueError as error:
+            where = f"the {part} part of {name} in {found[0].parent}"
+            raise ValueError(f"{where} is cut short or broken: {error}. Get it again: {about['get']}") from error
         return [Labelled(list(classes), list(classes), np.asarray(labels, dtype=np.int64), images)]
     labelled = [from_classes(path, classes) for path in found]
     if classes is None and any(folder.isdigit() for folder in labelled[0].classes):
@@ -235,19 +233,17 @@ def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
     if file.suffix == ".tsv":
         return {"table": str(file), "image_root": str(images), "where": {"split": "test"}}
     content = json.loads(file.read_text("utf-8"))
-    try:
-        if "annotations" in content:
-            files = {image["id"]: image["file_name"] for image in content["images"]}
-            rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
-        else:
-            test = [image for image in content["images"] if image["split"] == "test"]
-            rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no captions: {error!r}. To get them: {KNOWN[name]['get']}") from error
+    if "annotations" in content:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
+    else:
+        test = [image for image in content["images"] if image["split"] == "test"]
+        rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
     lines = ["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)]
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.tsv"
-    if not table.exists() or table.read_text("utf-8") != "\n".join(lines):
+    # Written again only where it changed: its time is part of what prepared pairs are known by.
+    if not table.exists() or table.read_text("utf-8").splitlines() != lines:
         write_text(table, "\n".join(lines))
     return {"table": str(table), "image_root": str(images), "where": {}}
 
@@ -273,19 +269,14 @@ def _cifar(found: list[Path], part: str, classes: list[str]) -> tuple[Images, li
     """CIFAR's Python files, which are pickles: read as a list of words and numbers, never unpickled."""
     pixels, labels = [], []
     for file in found:
-        data, key, count = b"", b"", len(labels)
-        try:
-            for operation, value, _ in pickletools.genops(file.read_bytes()):
-                if isinstance(value, str | bytes):
-                    key = value if isinstance(value, bytes) else value.encode("latin-1")
-                    data = max(data, key, key=len)
-                elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
-                    labels.append(value)
-            pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
-        except ValueError as error:
-            raise ValueError(f"{file} is cut short or broken: {error}") from error
-        if len(pixels[-1]) != len(labels) - count:
-            raise ValueError(f"{file} has {len(pixels[-1])} images and {len(labels) - count} labels")
+        data, key = b"", b""
+        for operation, value, _ in pickletools.genops(file.read_bytes()):
+            if isinstance(value, str | bytes):
+                key = value if isinstance(value, bytes) else value.encode("latin-1")
+                data = max(data, key, key=len)
+            elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
+                labels.append(value)
+        pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
     return _array(np.concatenate(pixels), found, part), labels, classes
 
 
@@ -321,34 +312,32 @@ def class_names(classes: Classes) -> list[str]:
     Raises:
         ValueError: neither a known set (the nearest is named) nor a file.
     """
-    if not isinstance(classes, str | Path):
-        return list(classes)
-    known = _clip_benchmark("classnames")
-    if classes in known:
-        return list(known[classes])
-    if Path(classes).is_file():
-        return [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
-    near = nearest_name(str(classes), known)
-    raise ValueError(f"classes = {str(classes)!r} is neither a file of names nor a known set; the nearest is {near!r}")
+    return _listed("classes", classes, _clip_benchmark("classnames"))
 
 
-def templates(templates: str | Sequence[str]) -> list[str]:
-    """Templates themselves, or those of a known set ("cifar10", "imagenet", "shapes/colour", …).
+def templates(templates: Classes) -> list[str]:
+    """Templates themselves, a file of them, or those of a known set ("cifar10", "imagenet", "shapes/colour", …).
 
     Raises:
-        ValueError: no known set (the nearest is named), or a template without ``{}``.
+        ValueError: neither a known set (the nearest is named) nor a file, or a template without ``{}``.
     """
-    if isinstance(templates, str):
-        own = {f"shapes/{factor}": prompts for factor, prompts in shapes.PROMPTS.items()}
-        known = _clip_benchmark("zeroshot_classification_templates") | own
-        if templates not in known:
-            near = nearest_name(templates, known)
-            raise ValueError(f"templates = {templates!r} is neither a list nor a known set; the nearest is {near!r}")
-        templates = known[templates]
-    without = [template for template in templates if "{}" not in template]
-    if without or not templates:
+    own = {f"shapes/{factor}": prompts for factor, prompts in shapes.PROMPTS.items()}
+    found = _listed("templates", templates, _clip_benchmark("zeroshot_classification_templates") | own)
+    without = [template for template in found if "{}" not in template]
+    if without or not found:
         raise ValueError(f"templates {without}: at least one is needed, each with {{}} where the class name goes")
-    return list(templates)
+    return found
+
+
+def _listed(what: str, given: Classes, known: dict[str, list[str]]) -> list[str]:
+    if not isinstance(given, str | Path):
+        return list(given)
+    if given in known:
+        return list(known[given])
+    if Path(given).is_file():
+        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    near, kind = nearest_name(str(given), known), FileNotFoundError if Path(given).suffix else ValueError
+    raise kind(f"{what} = {str(given)!r} is neither a list, a file nor a known set; the nearest is {near!r}")
 
 
 @cache

@@ -25,10 +25,8 @@ class Episodes:
     def __init__(self, rows: int, size: int | None, seed: int) -> None:
         size = rows if size is None else size
         if not 1 <= size <= rows:
-            raise ValueError(
-                f"episode_size = {size} does not fit a table of {rows} usable pairs: choose at most {rows}, "
-                "or None for the whole table"
-            )
+            fits = f"choose at most {rows}, or None for the whole table"
+            raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: {fits}")
         self.rows = rows
         self.size = size
         self.seed = seed

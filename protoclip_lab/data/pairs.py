@@ -50,7 +50,7 @@ class Pairs(Sequence):
         self.folder = Path(folder)
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self._root = Path(about["files"][0])
+        self.root = Path(about["files"][0])
         self._table = load_from_disk(str(self.folder / "table")).data.table.combine_chunks()
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class Pairs(Sequence):
         names = ("filepath", "_row", "_offset", "_size")
         filepath, row, *place = (self._table[name][int(index)].as_py() for name in names)
         try:
-            return read_image(self._root, filepath, place)
+            return read_image(self.root, filepath, place)
         except Exception as error:  # a decoder may raise anything on a broken file
             now = f"was readable when prepared, is not now: {error}. Bring it back, or run 01_prepare_data again."
             raise OSError(f"{filepath} ({self.source}, row {row}) {now}") from error
@@ -184,7 +184,8 @@ def prepare(
         made = Pairs(table)
         for name, asked in (("where", where), ("dataset_size", dataset_size)):
             if asked and asked != made.about[name]:
-                raise ValueError(f"{table}, prepared already, has {name} = {made.about[name]}, not {asked}: name its source")
+                has = f"{name} = {made.about[name]}, not {asked}"
+                raise ValueError(f"{table} is prepared already, with {has}: name the table it was made from")
         return made
     if not table.is_file():
         raise FileNotFoundError(f"{table.absolute()} is neither a table nor a folder that 01_prepare_data has finished")

@@ -28,7 +28,7 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
         raise ValueError(f"{name} has shape {tuple(features.shape)}: expected (rows, dimensions), at least one of each")
     finite = features.isfinite().all(dim=1)
     if not finite.all():
-        raise ValueError(f"{name} has NaN or Inf, first in row {int((~finite).nonzero()[0])}: the model has diverged")
+        raise ValueError(f"{name} has NaN or Inf, first in row {int((~finite).nonzero()[0])}: unreadable, or the model has diverged")
     return F.normalize(features, dim=1) if normalise else features
 
 

@@ -20,9 +20,7 @@ COSTLY_DRAWS = 200
 LARGE_TABLE = 10_000
 
 
-def grouping(
-    features: Any, labels: Any, k: int | None = None, *, seed: int = 0, seeds: int = 1, draws: int = 0
-) -> dict[str, Estimate]:
+def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0, seeds: int = 1, draws: int = 0) -> dict[str, Estimate]:
     """Agreement of k-means clusters of the features, as given, with class labels: see :func:`agreement`.
 
     Args:
@@ -72,9 +70,7 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     if rows == 0:
         raise ValueError("no items to compare")
     named = ((assignments, "assignments"), (labels, "labels"))
-    (clusters, found), (classes, known) = (
-        np.unique(as_labels(values, rows, name), return_inverse=True) for values, name in named
-    )
+    (clusters, found), (classes, known) = (np.unique(as_labels(values, rows, name), return_inverse=True) for values, name in named)
     cells = torch.from_numpy(known * len(clusters) + found)
     shape = len(classes), len(clusters)
 

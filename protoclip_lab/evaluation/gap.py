@@ -17,9 +17,7 @@ SWEEP = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 SWEPT = ("top1", "mean_recall", "image_to_text_R@1", "text_to_image_R@1")
 
 
-def modality_gap(
-    image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0
-) -> dict[str, Estimate]:
+def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """How far images and texts lie apart, and how far each spreads. Features are L2-normalised first.
 
     Args:
@@ -70,9 +68,7 @@ def modality_gap(
     return estimate(under, count, draws, seed, centred=True)
 
 
-def separability(
-    image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0
-) -> dict[str, Estimate]:
+def separability(image: Any, text: Any, *, image_of_caption: Any = None, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """How well a hyperplane tells images from texts, in percent; 50 is chance.
 
     A linear probe learns on half of the images and the first caption of each, and is asked about the other half.

@@ -88,9 +88,7 @@ def predict(train_x: Any, train_y: Any, test_x: Any, *, seed: int, scaling: str 
     return classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()], strength
 
 
-def knn(
-    train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0
-) -> dict[str, Estimate]:
+def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
     """Majority vote of the k nearest rows of train by cosine (all of train where it has fewer), counted on test.
 
     Of classes with as many votes the first in sorted order wins. Shapes, errors, draws and seed as

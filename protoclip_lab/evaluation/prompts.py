@@ -10,9 +10,7 @@ from torch import Tensor
 from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, accuracy, as_features, as_indices
 
 
-def classifier(
-    encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str]
-) -> Tensor:
+def classifier(encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
     """One direction a class: its name in each template, averaged in feature space and normalised again.
 
     Args:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
 from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
 from protoclip_lab.evaluation.arrays import Estimate
 from protoclip_lab.prototypes import Prototypes
-from protoclip_lab.runs import CHECKSUMS, Run, damaged_files, pairs_of, record_evaluations
+from protoclip_lab.runs import CHECKSUMS, Run, damaged_files, locked, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,6 @@ def evaluate(
     seed: int = 0,
     draws: int = 1000,
     folder: str | Path | None = None,
-    cache: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
@@ -116,8 +116,8 @@ def evaluate(
         records: the model's prototypes; grouping then tells how well they match the classes too.
         seed: of the probe's split, of k-means and of the resamples.
         draws: resamples of the test items for the 95 % intervals.
-        folder: where prepared tables are kept for the next call; None prepares them anew each time.
-        cache: where features are kept for the next call, by fingerprint of model and data; None keeps none.
+        folder: where prepared tables (``sets/``) and features (``features/``, by fingerprint of model and data) are
+            kept for the next call; None keeps none.
 
     Returns:
         Rows such as ``{"dataset": "cifar10", "measure": "zero_shot_top1", "value": 31.4, "low": 30.2, "high": 32.7}``.
@@ -131,57 +131,53 @@ def evaluate(
     if len({given.name for given in sets}) < len(sets):
         raise ValueError(f"evaluation sets need a name each, these are {[given.name for given in sets]}")
     _check(measures, possible())
-    features = _Features(model, batch_size, workers, Path(cache) if cache else None)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        opened = list(_open(sets, Path(folder or temporary)))
+        home = Path(folder or temporary)
+        opened = list(_open(sets, home / "sets"))
+        features = _Features(model, home / "features", batch_size, workers)
         todo = [(data, m) for data in opened for m in data.measures if not measures or m in measures]
-        rows = []
         for data, measure in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
             for key, value in data.measure(measure, features, records, seed, draws).items():
+                name = key if key == measure else f"{measure}_{key}"
                 numbers = {"value": value, "low": value.low, "high": value.high}
                 # JSON knows no NaN.
-                numbers = {name: None if math.isnan(number) else float(number) for name, number in numbers.items()}
-                name = key if key == measure else f"{measure}_{key}"
+                numbers = {what: None if math.isnan(number) else float(number) for what, number in numbers.items()}
                 rows.append({"dataset": data.given.name, "measure": name, **numbers})
     return rows
 
 
 class _Features:
-    """Features of a model, made once and kept on disk where a cache is given."""
+    """Features of a model, made once and kept in a folder."""
 
-    def __init__(self, model: encoders.TwoTowers, batch_size: int, workers: int, cache: Path | None) -> None:
+    def __init__(self, model: encoders.TwoTowers, folder: Path, batch_size: int, workers: int) -> None:
         self.image_encoder = partial(encoders.encode_images, model, batch_size=batch_size, workers=workers)
         self.text_encoder = partial(encoders.encode_texts, model, batch_size=batch_size)
-        self.cache, self.mark = cache, encoders.fingerprint(model) if cache else ""
-        self.known: dict[str, dict[str, Tensor]] = {}
+        self.folder, self.model = folder, encoders.fingerprint(model)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def images(self, images: downstream.Images) -> tuple[Tensor, Tensor]:
         """z_I and h_I."""
-
-        def encode() -> dict[str, Tensor]:
-            z, _, h, _ = self.image_encoder(images)
-            return {"z": z} if torch.equal(z, h) else {"z": z, "h": h}
-
-        kept = self._kept(images.fingerprint, encode)
-        return kept["z"], kept.get("h", kept["z"])
+        kept = self._kept(images.fingerprint, lambda: self.image_encoder(images)[::2])
+        return kept["0"], kept.get("1", kept["0"])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """z_T."""
-        return self._kept(fingerprint(texts, texts), lambda: {"z": self.text_encoder(texts)})["z"]
+        return self._kept(fingerprint(texts, texts), lambda: [self.text_encoder(texts)])["0"]
 
-    def _kept(self, mark: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if mark not in self.known:
-            file = self.cache and self.cache / f"{fingerprint([self.mark], [mark])[:32]}.safetensors"
-            if file and file.exists():
-                self.known[mark] = load_file(file)
-            else:
-                self.known[mark] = {name: part.contiguous() for name, part in encode().items()}
-                if file:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    partial_file = file.with_suffix(".partial")
-                    save_file(self.known[mark], partial_file)
-                    partial_file.replace(file)
-        return self.known[mark]
+    def _kept(self, mark: str, encode: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
+        file = self.folder / f"{fingerprint([self.model], [mark])[:32]}.safetensors"
+        if not file.exists():
+            parts = encode()
+            if len(parts) == 2 and torch.equal(*parts):
+                parts = parts[:1]  # without heads h is z
+            found = {str(index): part.contiguous() for index, part in enumerate(parts)}
+            if not all(part.isfinite().all() for part in parts):
+                return found  # a file may be readable the next time
+            staging = file.with_suffix(f".{os.getpid()}")  # a training and its watcher may both be at it
+            save_file(found, staging)
+            staging.replace(file)
+        return load_file(file)
 
 
 @dataclass
@@ -252,10 +248,10 @@ def _open(sets: Sequence[EvaluationSet], folder: Path) -> Iterator[_Opened]:
     for given in sets:
         try:
             yield _opened(given, folder)
-        except (FileNotFoundError, ValueError) as error:
-            if isinstance(error, ValueError) and not given.root:
+        except Exception as error:  # a reader may raise anything on broken files
+            if not (given.root or isinstance(error, FileNotFoundError)):
                 raise
-            log.warning("evaluation set %s is left out: %s", given.name, error)
+            log.warning("evaluation set %s is left out: %s: %s", given.name, type(error).__name__, error)
 
 
 def _opened(given: EvaluationSet, folder: Path) -> _Opened:
@@ -264,7 +260,7 @@ def _opened(given: EvaluationSet, folder: Path) -> _Opened:
         tests = downstream.known(given.name, given.root)
         try:
             train = downstream.known(given.name, given.root, "train")[0]
-        except FileNotFoundError as missing:
+        except (FileNotFoundError, RuntimeError) as missing:  # the latter is torchvision's
             log.info("evaluation set %s is not probed: %s", given.name, missing)
     elif given.images:
         tests = [downstream.from_classes(given.images, given.classes or None)]
@@ -287,7 +283,9 @@ def _opened(given: EvaluationSet, folder: Path) -> _Opened:
 def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
     # Sets that differ in their labels alone share a preparation.
     key = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:16]
-    return prepare(arguments["table"], folder / key, **{k: v for k, v in arguments.items() if k != "table"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):  # a training and its watcher may both be at it
+        return prepare(arguments["table"], folder / key, **{k: v for k, v in arguments.items() if k != "table"})
 
 
 def default_sets(run: Run) -> list[dict[str, Any]]:
@@ -336,20 +334,13 @@ def evaluate_checkpoint(
     run, source = _located(checkpoint)
     if not (run or output):
         raise ValueError(f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
-    if datasets and not data_root:
-        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
-    names = datasets or (KNOWN if data_root else ())
-    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
-    if not (given or run):
-        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
-    chosen = [EvaluationSet.model_validate(each) for each in given or default_sets(run)]
-    _check(options.get("measures", ()), possible())  # before a model is loaded
+    chosen = _chosen(run, datasets, data_root, sets, options.get("measures", ()))
     home = run.path if run else Path(output)
     model = encoders.load(source).to(encoders.best_device())
     records = prototypes.load(source) if run else []
-    rows = evaluate(model, chosen, records=records, folder=home / "sets", cache=home / "features", **options)
+    rows = evaluate(model, chosen, records=records, folder=home, **options)
     if not rows:
-        raise ValueError(f"nothing was evaluated: none of {[given.name for given in chosen]} could be opened")
+        raise ValueError(f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
     kept = record_evaluations(home, rows)
     folder = Path(output or home)
@@ -372,6 +363,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         All evaluations of the run: at the start, and whenever there are new ones.
     """
     run, damaged = Run(run), set()
+    _chosen(run, *(options.get(name, ()) for name in ("datasets", "data_root", "sets", "measures")))
     marks = run.path / "watched"
     marks.mkdir(exist_ok=True)
     yield run.evaluations()
@@ -380,11 +372,13 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         for checkpoint in run.checkpoints():
             look = json.dumps([checkpoint.name, (checkpoint / CHECKSUMS).read_text(), options], default=str)
             mark = marks / hashlib.sha256(look.encode()).hexdigest()[:16]
-            if mark.exists() or checkpoint in damaged:
+            known = mark.exists() and (run.evaluations()["checkpoint"] == checkpoint.name).any()
+            state = checkpoint, checkpoint.stat().st_mtime_ns
+            if known or state in damaged:
                 continue
             if found := damaged_files(checkpoint):
                 log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(found))
-                damaged.add(checkpoint)
+                damaged.add(state)
                 continue
             evaluate_checkpoint(checkpoint, **options)
             mark.touch()
@@ -414,3 +408,14 @@ def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
     if path.parent.name == "checkpoints" and (path.parents[1] / "config.json").exists():
         return Run(path.parents[1]), path
     return None, checkpoint
+
+
+def _chosen(run: Run | None, datasets: Any, data_root: Any, sets: Any, measures: Any) -> list[EvaluationSet]:
+    _check(measures, possible())
+    if datasets and not data_root:
+        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
+    names = datasets or (KNOWN if data_root else ())
+    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
+    if not (given or run):
+        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
+    return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

@@ -217,9 +217,7 @@ def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, m
         ("- 01_prepare_data", "a recipe is a mapping"),
     ],
 )
-def test_a_wrong_recipe_is_refused_with_the_remedy(
-    lab: Path, recipe: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_recipe_is_refused_with_the_remedy(lab: Path, recipe: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLICKR8K", raising=False)
     write_recipe(lab, recipe)
     with pytest.raises(batch.RecipeError, match=re.escape(message)):
@@ -344,9 +342,7 @@ class Requests(HTMLParser):
         self.scripts += data if self.in_script else ""
 
     def hosts(self) -> list[str]:
-        called = re.findall(r"https?:[^\s\"']+", self.scripts) + re.findall(
-            r"@import.*|url\([\"']?https?:.*", self.html
-        )
+        called = re.findall(r"https?:[^\s\"']+", self.scripts) + re.findall(r"@import.*|url\([\"']?https?:.*", self.html)
         return called + [a for a in self.addresses if re.match(r"(https?:)?//", a)]
 
 
@@ -362,9 +358,7 @@ def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
     picture += 'Path(output, "figures").mkdir()\npng = Path(output, "figures", "umap_gap.png")\n'
     picture += 'Drawing.new("RGB", (8, 8)).save(png)\nprint(size, sys.executable, Path.cwd())\nImage(png)'
     write_notebook(lab, "01_prepare_data", NOTEBOOKS["01_prepare_data"][0], "from pathlib import Path\n" + picture)
-    write_notebook(
-        lab, "06_compare", NOTEBOOKS["06_compare"][0], "from pathlib import Path", NOTEBOOKS["06_compare"][1]
-    )
+    write_notebook(lab, "06_compare", NOTEBOOKS["06_compare"][0], "from pathlib import Path", NOTEBOOKS["06_compare"][1])
     write_recipe(lab, "01_prepare_data: {size: 77}\n06_compare: {}")
 
     monkeypatch.setattr(sys, "argv", ["protoclip_lab", "run", "tiny", "--out", "out"])
@@ -373,9 +367,7 @@ def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
     assert shown.out == f"report: {lab}/out/index.html\n"
     lines = [re.sub(r"  \d:\d\d:\d\d$", "", line) for line in shown.err.splitlines()]
     assert lines == [
-        f"[{n}/2] {name}  {state}"
-        for n, name in enumerate(["01_prepare_data", "06_compare"], 1)
-        for state in ("starts", "done")
+        f"[{n}/2] {name}  {state}" for n, name in enumerate(["01_prepare_data", "06_compare"], 1) for state in ("starts", "done")
     ]
 
     notebook = nbformat.read(lab / "out/01_prepare_data/01_prepare_data.ipynb", as_version=4)
@@ -408,12 +400,8 @@ def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_
     assert Requests(step.executed.with_suffix(".html").read_text()).hosts() == []
 
 
-def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(
-    lab: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_notebook(
-        lab, "01_prepare_data", 'output = "x"', "1 + 1", 'rows = 3\nraise ValueError("row 3: no image")'
-    )
+def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_notebook(lab, "01_prepare_data", 'output = "x"', "1 + 1", 'rows = 3\nraise ValueError("row 3: no image")')
     write_recipe(lab, "01_prepare_data: {}\n06_compare: {}")
     monkeypatch.setattr(sys, "argv", ["protoclip_lab", "run", "tiny"])
     with pytest.raises(SystemExit) as stopped:
@@ -435,9 +423,7 @@ def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(
 def test_a_kernel_that_dies_is_a_failure_of_its_cell(lab: Path) -> None:
     write_notebook(lab, "01_prepare_data", 'output = "x"', "import os\nos._exit(1)")
     write_recipe(lab, "01_prepare_data: {}")
-    with pytest.raises(
-        batch.StepFailed, match="01_prepare_data: the kernel died in cell 4 of 4; was there enough memory"
-    ):
+    with pytest.raises(batch.StepFailed, match="01_prepare_data: the kernel died in cell 4 of 4; was there enough memory"):
         batch.run("tiny")
 
 
@@ -471,9 +457,7 @@ def test_a_signal_leaves_no_kernel_nor_child_of_one(lab: Path, stop: signal.Sign
 
 def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        protoclip_lab, "training", SimpleNamespace(train=seen.append, NonFiniteLoss=RuntimeError), raising=False
-    )
+    monkeypatch.setattr(protoclip_lab, "training", SimpleNamespace(train=seen.append, NonFiniteLoss=RuntimeError), raising=False)
     for name, text in (("c.yaml", "{episodes: 2, lr: 5e-4}"), ("c.json", '{"episodes": 2, "lr": 0.0005}')):
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / name), "-p", "k=[5, 6]"])

@@ -42,9 +42,7 @@ def bert(tmp_path_factory):
     words = "[PAD] [UNK] [CLS] [SEP] a red blue circle square dog".split()
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -337,9 +335,7 @@ def test_checkpoint_with_other_python_objects_is_refused_and_none_of_them_runs(t
     assert (tmp_path / "sung").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[1], {}, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}, {"state_dict": None}], ids=str
-)
+@pytest.mark.parametrize("content", [[1], {}, {"state_dict": {"fc.weight": torch.zeros(2, 2)}}, {"state_dict": None}], ids=str)
 def test_a_pt_file_of_something_else_is_refused_saying_what_was_expected(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is no checkpoint of the ProtoCLIP authors' code"):

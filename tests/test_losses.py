@@ -85,9 +85,7 @@ def test_half_precision_features_are_computed_in_float32():
 
 def test_large_scale_does_not_overflow():
     features, centroids, _, labels, _, _ = problem()
-    loss = prototype_loss(
-        features.float(), 100 * centroids.float(), 100 * centroids.float()[labels], torch.tensor(100.0)
-    )
+    loss = prototype_loss(features.float(), 100 * centroids.float(), 100 * centroids.float()[labels], torch.tensor(100.0))
     assert torch.isfinite(loss)
 
 

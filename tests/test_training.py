@@ -141,9 +141,7 @@ def test_accumulation_moves_batchnorm_statistics_once(run):
 def test_nan_stops_with_step_episode_and_last_good_checkpoint(run, monkeypatch):
     real = training.ClipLoss.forward
     calls = iter(range(100))
-    monkeypatch.setattr(
-        training.ClipLoss, "forward", lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 4 else 1)
-    )
+    monkeypatch.setattr(training.ClipLoss, "forward", lambda *a, **k: real(*a, **k) * (math.nan if next(calls) == 4 else 1))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 5 of episode 2; .*episode_0001"):
         run(objective="clip")
 

@@ -28,8 +28,7 @@ Classes = str | Path | Sequence[str]
 KNOWN: dict[str, dict] = yaml.safe_load((resources.files("protoclip_lab.data") / "downstream.yaml").read_text("utf-8"))
 CAPTIONED = tuple(name for name, about in KNOWN.items() if "images" in about)
 # Folders that torchvision knows how to read, and how far above them the root lies that it wants.
-TORCHVISION = {"stl10_binary": ("STL10", 0), "GTSRB": ("GTSRB", 1), "flowers-102": ("Flowers102", 0)}
-TORCHVISION |= {"devkit": ("StanfordCars", 1)}
+TORCHVISION = {"stl10_binary": ("STL10", 0), "GTSRB": ("GTSRB", 1), "flowers-102": ("Flowers102", 0), "devkit": ("StanfordCars", 1)}
 
 
 @dataclass
@@ -54,8 +53,7 @@ class Images(Sequence):
         try:
             return self.read(index)
         except Exception as error:  # a decoder may raise anything on a broken file
-            name = self.names[index]
-            raise OSError(f"{name} is not a readable image: {error}. Replace it or take it out") from error
+            raise OSError(f"{self.names[index]} is not a readable image: {error}. Replace it or take it out") from error
 
 
 class PairImages(Images):
@@ -151,10 +149,8 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     files = sorted(f for f in places if f.suffix.lower() in IMAGE_SUFFIXES and f not in hidden)
     parents = {file.parent.parent for file in files}
     if len(parents) != 1 or any(not file.parent.name for file in files):
-        found = sorted(map(str, parents))[:5]
-        raise ValueError(f"{path} has class folders in {found}: expected <class>/<image file>, in one place")
-    images = _files(path, {str(file): places[file] for file in files})
-    return _labelled(str(path), [file.parent.name for file in files], classes, images)
+        raise ValueError(f"{path} has class folders in {sorted(map(str, parents))[:5]}: expected <class>/<image file>, in one place")
+    return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[f] for f in files}))
 
 
 def from_pairs(pairs: Pairs, column: str, classes: Classes | None = None) -> Labelled:
@@ -228,8 +224,7 @@ def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: captions or images are not there; names the places looked at and how to get them.
     """
-    file, *_ = find(name, root, KNOWN[name]["test"])
-    images, *_ = find(name, root, KNOWN[name]["images"])
+    file, images = (find(name, root, KNOWN[name][part])[0] for part in ("test", "images"))
     if file.suffix == ".tsv":
         return {"table": str(file), "image_root": str(images), "where": {"split": "test"}}
     content = json.loads(file.read_text("utf-8"))

@@ -65,10 +65,9 @@ class Estimate(float):
         return estimate
 
 
-Under = Callable[[Tensor], dict[str, Tensor]]
-
-
-def estimate(under: Under, items: int, draws: int, seed: int, *, centred: bool = False) -> dict[str, Estimate]:
+def estimate(
+    under: Callable[[Tensor], dict[str, Tensor]], items: int, draws: int, seed: int, *, centred: bool = False
+) -> dict[str, Estimate]:
     """Values of a measure, with percentile intervals over resamples of its items.
 
     Args:

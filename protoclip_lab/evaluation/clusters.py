@@ -69,8 +69,8 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     rows = len(labels)
     if rows == 0:
         raise ValueError("no items to compare")
-    named = ((assignments, "assignments"), (labels, "labels"))
-    (clusters, found), (classes, known) = (np.unique(as_labels(values, rows, name), return_inverse=True) for values, name in named)
+    clusters, found = np.unique(as_labels(assignments, rows, "assignments"), return_inverse=True)
+    classes, known = np.unique(as_labels(labels, rows, "labels"), return_inverse=True)
     cells = torch.from_numpy(known * len(clusters) + found)
     shape = len(classes), len(clusters)
 
@@ -157,23 +157,18 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
         return {"within_similarity": within, "between_similarity": between, "similarity_ratio": within / between}
 
     def under(weights: Tensor) -> dict[str, Tensor]:
-        rows = [np.repeat(np.arange(len(x)), row.int()) for row in weights]
-        indices = {
-            "davies_bouldin": [_index(metrics.davies_bouldin_score, x.numpy()[r], y[r]) for r in rows],
-            "calinski_harabasz": [_index(metrics.calinski_harabasz_score, x.numpy()[r], y[r]) for r in rows],
-        }
-        return {name: torch.tensor(values) for name, values in indices.items()} | similarities(weights)
+        found = similarities(weights)
+        for name in ("davies_bouldin", "calinski_harabasz"):
+            resamples = (np.repeat(np.arange(len(x)), row.int()) for row in weights)
+            found[name] = torch.tensor([_index(getattr(metrics, f"{name}_score"), x.numpy()[r], y[r]) for r in resamples])
+        return found
 
     found = estimate(under, len(x), min(draws, COSTLY_DRAWS), seed, centred=True)
     sample = numpy_generator(seed, "silhouette").permutation(len(x))[:SILHOUETTE_ITEMS]
     sample.sort()  # in the items' order, so that draws pair with those of the other measures
     values = torch.from_numpy(np.asarray(_index(metrics.silhouette_samples, x.numpy()[sample], y[sample]))).double()
     values = values.expand(len(sample))  # NaN where it is not defined
-
-    def mean(weights: Tensor) -> dict[str, Tensor]:
-        return {"silhouette": weights @ values / weights.sum(dim=1)}
-
-    return estimate(mean, len(sample), draws, seed) | found
+    return estimate(lambda w: {"silhouette": w @ values / w.sum(dim=1)}, len(sample), draws, seed) | found
 
 
 def _index(score: Callable, x: np.ndarray, y: np.ndarray) -> Any:

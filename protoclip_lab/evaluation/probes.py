@@ -1,6 +1,6 @@
 """Probes of frozen features: a linear classifier and nearest neighbours, learnt on train, counted on test."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,7 @@ DOUBLE_ELEMENTS = 2**22
 
 
 def linear_probe(
-    train_x: Any,
-    train_y: Any,
-    test_x: Any,
-    test_y: Any,
-    *,
-    seed: int = 0,
-    scaling: Literal["standardise", "l2"] = "standardise",
-    draws: int = 0,
+    train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: int = 0, scaling: str = "standardise", draws: int = 0
 ) -> dict[str, Estimate]:
     """Multinomial logistic regression on frozen features, counted on test.
 
@@ -76,11 +69,10 @@ def predict(train_x: Any, train_y: Any, test_x: Any, *, seed: int, scaling: str 
     test_x = test_x @ axes
     for block in x.split(2**16):
         block.copy_(block @ axes)
-    held_x, held_y = x[fitted:], y[fitted:]
     scores, weights = [], x.new_zeros(len(classes), x.shape[1] + 1)
     for strength in STRENGTHS:
         weights = _fit(x[:fitted], y[:fitted], strength, weights, iterations=50, tolerance=1e-4)
-        scores.append(int((_logits(held_x, weights).argmax(dim=1) == held_y).sum()))
+        scores.append(int((_logits(x[fitted:], weights).argmax(dim=1) == y[fitted:]).sum()))
         if len(scores) - 1 - np.argmax(scores) == PATIENCE:
             break
     strength = STRENGTHS[np.argmax(scores)]
@@ -108,8 +100,7 @@ def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, dr
 
 
 def _checked(train_x: Any, train_y: Any, test_x: Any) -> tuple[Tensor, Tensor, np.ndarray]:
-    named = (train_x, "train_x"), (test_x, "test_x")
-    train_x, test_x = (as_features(x, name).to(best_device()) for x, name in named)
+    train_x, test_x = as_features(train_x, "train_x").to(best_device()), as_features(test_x, "test_x").to(best_device())
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} differ in dimensions")
     return train_x, test_x, as_labels(train_y, len(train_x), "train_y")
@@ -135,15 +126,13 @@ def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: in
     # half to a quarter of the iterations.
     step = F.pad((x.square().mean(dim=0) / len(start) + strength).rsqrt(), (0, 1), value=1)
     weights = (start / step).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe"
-    )
+    solver = torch.optim.LBFGS([weights], max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe")
 
     # In blocks of rows: the logits of a million rows and a thousand classes would not fit beside the features.
     rows = max(1, 4 * BLOCK_ELEMENTS // len(start))
 
     def objective() -> Tensor:
-        optimizer.zero_grad()
+        solver.zero_grad()
         scaled = weights * step
         total = strength / 2 * scaled[:, :-1].square().sum()
         total.backward()
@@ -153,5 +142,5 @@ def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: in
             total = total + loss
         return total.detach()
 
-    optimizer.step(objective)
+    solver.step(objective)
     return (weights * step).detach()

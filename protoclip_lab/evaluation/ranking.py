@@ -35,8 +35,7 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
     if image.shape[1] != text.shape[1]:
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} differ in dimensions")
-    owner = as_indices(image_of_caption, len(text), len(image), "image_of_caption")
-    owner = torch.from_numpy(owner).to(image.device)
+    owner = torch.from_numpy(as_indices(image_of_caption, len(text), len(image), "image_of_caption")).to(image.device)
     own_score = (image[owner] * text).sum(dim=1)
     unasked = own_score.new_full((len(image),), float("inf"))
     best_own = unasked.scatter_reduce(0, owner, own_score, "amax", include_self=False)

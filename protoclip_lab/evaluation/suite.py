@@ -1,7 +1,5 @@
 """Every measure that applies, over any number of data sets, for one checkpoint: in one go, or as a run saves them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -20,17 +18,13 @@ import pandas as pd
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes
 from protoclip_lab.config import Settings, nearest_name
 from protoclip_lab.data import downstream, shapes
-from protoclip_lab.data.downstream import CAPTIONED, KNOWN, Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
-from protoclip_lab.evaluation import clusters, gap, probes, prompts, ranking
-from protoclip_lab.evaluation.arrays import Estimate
-from protoclip_lab.prototypes import Prototypes
+from protoclip_lab.evaluation import arrays, clusters, gap, probes, prompts, ranking
 from protoclip_lab.runs import CHECKSUMS, Run, damaged_files, locked, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
@@ -43,7 +37,6 @@ def possible(classes: Any = True, train: Any = True, captions: Any = True) -> li
     return [measure for measure, found in needs.items() if found]
 
 
-TABLE_ONLY = ("image_root", "where", "train_where", "label")
 SEEDS = 3  # of the k-means that grouping is measured by
 # A set with a larger share of unreadable images is not measured.
 MAX_UNREADABLE = 0.05
@@ -69,20 +62,20 @@ class EvaluationSet(Settings):
     measures: list[str] = Field(default_factory=list, description="what to measure; empty takes all that apply")
 
     @model_validator(mode="after")
-    def _fit_together(self) -> EvaluationSet:
-        if self.root and self.name not in KNOWN:
-            near = nearest_name(self.name, KNOWN)
-            raise ValueError(f"no data set is known as {self.name!r}; the nearest name is {near!r}")
+    def _fit_together(self) -> "EvaluationSet":
+        if self.root and self.name not in downstream.KNOWN:
+            raise ValueError(
+                f"no data set is known as {self.name!r}; the nearest name is {nearest_name(self.name, downstream.KNOWN)!r}"
+            )
         if bool(self.root) + bool(self.images) + bool(self.table) != 1:
             raise ValueError(f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
-        stray = [name for name in (() if self.table else TABLE_ONLY) if getattr(self, name)]
-        stray += ["train_images"] if self.train_images and not self.images else []
-        if stray:
+        needs = {"train_images": self.images, **dict.fromkeys(("image_root", "where", "train_where", "label"), self.table)}
+        if stray := [name for name, found in needs.items() if getattr(self, name) and not found]:
             raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
         # A file is read with the images: one that is missing is reported with them.
         if self.classes and not (isinstance(self.classes, str) and Path(self.classes).suffix):
             self.classes = downstream.class_names(self.classes)
-        known = KNOWN[self.name] if self.root else {}
+        known = downstream.KNOWN[self.name] if self.root else {}
         self.templates = downstream.templates(known.get("templates", self.templates))
         has = self.images or self.label, self.train_images or self.train_where, self.table
         # What a known set has is seen when it is opened.
@@ -93,8 +86,9 @@ class EvaluationSet(Settings):
 def _check(measures: Sequence[str], valid: Sequence[str], where: str = "") -> None:
     for measure in measures:
         if measure not in valid:
-            near = nearest_name(measure, valid)
-            raise ValueError(f"measure {measure!r}{where} is none of {valid}; the nearest valid name is {near!r}")
+            raise ValueError(
+                f"measure {measure!r}{where} is none of {valid}; the nearest valid name is {nearest_name(measure, valid)!r}"
+            )
 
 
 def evaluate(
@@ -102,7 +96,7 @@ def evaluate(
     sets: Sequence[EvaluationSet | dict],
     *,
     measures: Sequence[str] = (),
-    records: Sequence[Prototypes] = (),
+    records: Sequence[prototypes.Prototypes] = (),
     batch_size: int = 256,
     workers: int = 0,
     seed: int = 0,
@@ -140,9 +134,8 @@ def evaluate(
         for data, measure in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
             for key, value in data.measure(measure, features, records, seed, draws).items():
                 name = key if key == measure else f"{measure}_{key}"
-                numbers = {"value": value, "low": value.low, "high": value.high}
-                # JSON knows no NaN.
-                numbers = {what: None if math.isnan(number) else float(number) for what, number in numbers.items()}
+                numbers = zip(("value", "low", "high"), (value, value.low, value.high), strict=True)
+                numbers = {what: None if math.isnan(number) else float(number) for what, number in numbers}  # JSON knows no NaN
                 rows.append({"dataset": data.given.name, "measure": name, **numbers})
     return rows
 
@@ -156,23 +149,20 @@ class _Features:
         self.folder, self.model = folder, encoders.fingerprint(model)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def images(self, images: downstream.Images) -> tuple[Tensor, Tensor]:
+    def images(self, images: downstream.Images) -> tuple[torch.Tensor, torch.Tensor]:
         """z_I and h_I."""
         kept = self._kept(images.fingerprint, lambda: self.image_encoder(images)[::2])
-        return kept["0"], kept.get("1", kept["0"])
+        return kept["0"], kept["1"]
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """z_T."""
         return self._kept(fingerprint(texts, texts), lambda: [self.text_encoder(texts)])["0"]
 
-    def _kept(self, mark: str, encode: Callable[[], Sequence[Tensor]]) -> dict[str, Tensor]:
+    def _kept(self, mark: str, encode: Callable[[], Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
         file = self.folder / f"{fingerprint([self.model], [mark])[:32]}.safetensors"
         if not file.exists():
-            parts = encode()
-            if len(parts) == 2 and torch.equal(*parts):
-                parts = parts[:1]  # without heads h is z
-            found = {str(index): part.contiguous() for index, part in enumerate(parts)}
-            if not all(part.isfinite().all() for part in parts):
+            found = {str(index): part.clone(memory_format=torch.contiguous_format) for index, part in enumerate(encode())}
+            if not all(part.isfinite().all() for part in found.values()):
                 return found  # a file may be readable the next time
             staging = file.with_suffix(f".{os.getpid()}")  # a training and its watcher may both be at it
             save_file(found, staging)
@@ -185,9 +175,9 @@ class _Opened:
     """What a set holds: test images with classes (several lists of them, in a few sets), train images, captions."""
 
     given: EvaluationSet
-    tests: list[Labelled]
-    train: Labelled | None
-    captions: PairImages | None
+    tests: list[downstream.Labelled]
+    train: downstream.Labelled | None
+    captions: downstream.PairImages | None
 
     @property
     def measures(self) -> list[str]:
@@ -195,7 +185,7 @@ class _Opened:
         can = possible(self.tests, self.train, self.captions)
         return [measure for measure in can if measure in (self.given.measures or can)]
 
-    def measure(self, measure: str, features: _Features, records: Sequence[Prototypes], seed: int, draws: int) -> dict:
+    def measure(self, measure: str, features: _Features, records: Sequence[prototypes.Prototypes], seed: int, draws: int) -> dict:
         options = {"seed": seed, "draws": draws}
         found = {}
         if self.captions and measure in ("retrieval", "gap", "gap_sweep"):
@@ -204,23 +194,21 @@ class _Opened:
             if measure == "retrieval":
                 return rank(image, text)
             if measure == "gap":
-                options["image_of_caption"] = self.captions.image_of_caption
-                return gap.modality_gap(image, text, **options) | gap.separability(image, text, **options)
+                return gap.modality_gap(image, text, **rank.keywords) | gap.separability(image, text, **rank.keywords)
             found = gap.gap_sweep(image, text, rank)
         parts = [self._of_classes(measure, test, features, records, options) for test in self.tests]
         for name in parts[0] if parts else ():
-            found[name] = Estimate(*np.mean([[part[name], part[name].low, part[name].high] for part in parts], axis=0))
+            found[name] = arrays.Estimate(*np.mean([[part[name], part[name].low, part[name].high] for part in parts], axis=0))
         return found
 
-    def _of_classes(self, measure: str, test: Labelled, features: _Features, records: Sequence, options: dict) -> dict:
+    def _of_classes(self, measure: str, test: downstream.Labelled, features: _Features, records: Sequence, options: dict) -> dict:
         z, h, labels = self._readable(test, features)
         if measure in ("linear_probe", "knn"):
             x, _, train_labels = self._readable(self.train, features)
             # By name: train may lack a class, and then numbers them differently.
             train_y, test_y = np.array(self.train.classes)[train_labels], np.array(test.classes)[labels]
-            if measure == "knn":
-                return probes.knn(x, train_y, z, test_y, **options)
-            return probes.linear_probe(x, train_y, z, test_y, scaling=self.given.scaling, **options)
+            probe = probes.knn if measure == "knn" else partial(probes.linear_probe, scaling=self.given.scaling)
+            return probe(x, train_y, z, test_y, **options)
         if measure == "grouping":
             found = clusters.grouping(z, labels, seeds=SEEDS, **options) | clusters.separation(z, labels, **options)
             if (own := prototypes.of_modality(records, "image")) is not None:
@@ -232,7 +220,7 @@ class _Opened:
             return gap.gap_sweep(z, weights.T, lambda x, w: prompts.zero_shot(x, w.T, labels, **options))
         return prompts.zero_shot(z, weights, labels, **options)
 
-    def _readable(self, part: Labelled, features: _Features) -> tuple[Tensor, Tensor, np.ndarray]:
+    def _readable(self, part: downstream.Labelled, features: _Features) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """z_I, h_I and labels of the images that could be read."""
         z, h = features.images(part.images)
         good = z.isfinite().all(dim=1)
@@ -256,7 +244,7 @@ def _open(sets: Sequence[EvaluationSet], folder: Path) -> Iterator[_Opened]:
 
 def _opened(given: EvaluationSet, folder: Path) -> _Opened:
     tests, train, captions = [], None, None
-    if given.root and given.name not in CAPTIONED:
+    if given.root and given.name not in downstream.CAPTIONED:
         tests = downstream.known(given.name, given.root)
         try:
             train = downstream.known(given.name, given.root, "train")[0]
@@ -266,15 +254,13 @@ def _opened(given: EvaluationSet, folder: Path) -> _Opened:
         tests = [downstream.from_classes(given.images, given.classes or None)]
         train = downstream.from_classes(given.train_images) if given.train_images else None
     else:
-        names = {"table", "image_root", "image_column", "caption_column", "where"}
-        known = downstream.captioned(given.name, given.root, folder) if given.root else {}
-        table = given.model_dump(include=names) | known
-        captions = PairImages(_prepared(table, folder))
+        table = given.model_dump(include={"table", "image_root", "image_column", "caption_column", "where"})
+        table |= downstream.captioned(given.name, given.root, folder) if given.root else {}
+        captions = downstream.PairImages(_prepared(table, folder))
         if given.label:
             tests = [downstream.from_pairs(captions.pairs, given.label, given.classes or None)]
         if given.label and given.train_where:
-            pairs = _prepared(table | {"where": given.train_where}, folder)
-            train = downstream.from_pairs(pairs, given.label)
+            train = downstream.from_pairs(_prepared(table | {"where": given.train_where}, folder), given.label)
     if train and any(not set(train.images.names).isdisjoint(test.images.names) for test in tests):
         raise ValueError(f"evaluation set {given.name!r} would fit its probes on images it tests them on")
     return _Opened(given, tests, train, captions)
@@ -337,8 +323,7 @@ def evaluate_checkpoint(
     chosen = _chosen(run, datasets, data_root, sets, options.get("measures", ()))
     home = run.path if run else Path(output)
     model = encoders.load(source).to(encoders.best_device())
-    records = prototypes.load(source) if run else []
-    rows = evaluate(model, chosen, records=records, folder=home, **options)
+    rows = evaluate(model, chosen, records=prototypes.load(source) if run else [], folder=home, **options)
     if not rows:
         raise ValueError(f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
@@ -372,9 +357,8 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         for checkpoint in run.checkpoints():
             look = json.dumps([checkpoint.name, (checkpoint / CHECKSUMS).read_text(), options], default=str)
             mark = marks / hashlib.sha256(look.encode()).hexdigest()[:16]
-            known = mark.exists() and (run.evaluations()["checkpoint"] == checkpoint.name).any()
             state = checkpoint, checkpoint.stat().st_mtime_ns
-            if known or state in damaged:
+            if state in damaged or (mark.exists() and (run.evaluations()["checkpoint"] == checkpoint.name).any()):
                 continue
             if found := damaged_files(checkpoint):
                 log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(found))
@@ -402,11 +386,11 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
     """The run a checkpoint belongs to, if any, and the checkpoint."""
     path = Path(checkpoint)
-    if (path / "config.json").exists():
-        run = Run(path)
-        return run, run.checkpoint()
-    if path.parent.name == "checkpoints" and (path.parents[1] / "config.json").exists():
-        return Run(path.parents[1]), path
+    home = path.parents[1] if path.parent.name == "checkpoints" else path
+    # A checkpoint may hold the config.json of its text tower.
+    if (home / "config.json").exists() and not (home / "open_clip_config.json").exists():
+        run = Run(home)
+        return run, run.checkpoint("" if home == path else path)
     return None, checkpoint
 
 
@@ -414,7 +398,7 @@ def _chosen(run: Run | None, datasets: Any, data_root: Any, sets: Any, measures:
     _check(measures, possible())
     if datasets and not data_root:
         raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
-    names = datasets or (KNOWN if data_root else ())
+    names = datasets or (downstream.KNOWN if data_root else ())
     given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
     if not (given or run):
         raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")

@@ -284,6 +284,7 @@ def encoded(monkeypatch):  # encoders that need no model: a picture's feature is
 
     for function in (encode_images, encode_texts):
         monkeypatch.setattr(encoders, function.__name__, function)
+    monkeypatch.setattr(encoders, "fingerprint", lambda model: "none")
 
 
 @pytest.mark.parametrize(

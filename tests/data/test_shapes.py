@@ -290,9 +290,7 @@ def test_the_table_and_the_tar_agree_with_draw(tmp_path):
             assert stored.format == "JPEG" and stored.size == (32, 32)
             # JPEG averages colour over 2 x 2 pixels, so edges differ; another sample differs by far more.
             assert np.abs(np.asarray(stored, float) - np.asarray(image, float)).mean() < 12
-            assert (
-                np.abs(np.asarray(stored, float) - np.asarray(shapes.draw(5, index + 1, image_size=32)[0])).mean() > 14
-            )
+            assert np.abs(np.asarray(stored, float) - np.asarray(shapes.draw(5, index + 1, image_size=32)[0])).mean() > 14
 
 
 def test_the_same_parameters_give_the_same_bytes_and_another_seed_gives_others(tmp_path):
@@ -356,9 +354,7 @@ def test_the_smallest_world_has_one_training_row(tmp_path):
     assert len(lines) == 2 and lines[1].split("\t")[2] == "train"
 
 
-@pytest.mark.parametrize(
-    "settings", [{"image_size": 15}, {"difficulty": -0.1}, {"difficulty": 2.1}, {"difficulty": np.nan}]
-)
+@pytest.mark.parametrize("settings", [{"image_size": 15}, {"difficulty": -0.1}, {"difficulty": 2.1}, {"difficulty": np.nan}])
 def test_draw_refuses_values_out_of_range_by_name(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         shapes.draw(0, 0, **settings)

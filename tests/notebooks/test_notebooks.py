@@ -28,9 +28,7 @@ def execute(name, folder, **parameters):
         progress_bar=False,
         log_output=False,
     )
-    return "\n".join(
-        str(output.get("text", "")) for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", [])
-    )
+    return "\n".join(str(output.get("text", "")) for cell in nbformat.read(executed, 4).cells for output in cell.get("outputs", []))
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +97,7 @@ def test_03_trains_with_an_external_teacher(run):
 @pytest.mark.parametrize("method", ["umap"])
 def test_04_draws_gap_and_grouping(folder, run, method):
     output = folder / "seen"
-    execute(
-        "04_gap_and_grouping", folder, run=str(run), output=str(output), samples=60, method=method, labels=["shape"]
-    )
+    execute("04_gap_and_grouping", folder, run=str(run), output=str(output), samples=60, method=method, labels=["shape"])
     drawn = {picture.stem for picture in (output / "figures").iterdir()}
     assert drawn == {"joint", "map_prototypes", "map_shape", "prototypes", "through_training"}
 
@@ -109,9 +105,7 @@ def test_04_draws_gap_and_grouping(folder, run, method):
 def test_05_measures_every_factor_on_held_out_samples(folder, evaluated):
     rows = Run(evaluated).evaluations()
     assert {"shape", "colour", "size", "position", "background", "shapes"} == set(rows["dataset"])
-    assert {"zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_ARI"} <= set(
-        rows["measure"]
-    )
+    assert {"zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_ARI"} <= set(rows["measure"])
     assert rows["checkpoint"].eq("episode_0003").all()
     pd.testing.assert_frame_equal(pd.read_csv(folder / "evaluation" / "evaluation.csv"), rows)
 

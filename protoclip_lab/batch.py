@@ -66,6 +66,8 @@ class Step:
         output: the folder it writes to; for 03_train the run directory.
         parameters: what is injected, references resolved.
         upstream: the steps whose outputs it was given.
+        record: step.json: what was asked of this step, written first; that it finished, written last.
+        executed: the notebook with its outputs; beside it lies the same as ``.html``.
     """
 
     name: str
@@ -74,19 +76,13 @@ class Step:
     parameters: dict[str, Any] = field(default_factory=dict)
     upstream: list["Step"] = field(default_factory=list)
 
-    @property
-    def record(self) -> Path:
-        """step.json: what was asked of this step, written first; that it finished, written last."""
-        return self.output / "step.json"
+    def __post_init__(self) -> None:
+        self.record = self.output / "step.json"
+        self.executed = self.output / self.notebook.name
 
     def recorded(self) -> dict[str, Any]:
         """What step.json says, empty where there is none."""
         return json.loads(self.record.read_text("utf-8")) if self.record.exists() else {}
-
-    @property
-    def executed(self) -> Path:
-        """The notebook with its outputs; beside it lies the same as ``.html``."""
-        return self.output / self.notebook.name
 
 
 # ---------------------------------------------------------------- reading a recipe
@@ -115,9 +111,8 @@ def read_yaml(text: str) -> Any:
 
 
 def _check(names: Iterable[str], valid: Collection[str], where: str) -> None:
-    if unknown := [name for name in names if name not in valid]:
-        hint = f"; did you mean {nearest_name(unknown[0], valid)}?" if valid else ""
-        raise RecipeError(f"{where}: unknown name {unknown[0]!r}{hint}")
+    if wrong := [name for name in names if name not in valid]:
+        raise RecipeError(f"{where}: unknown name {wrong[0]!r}" + (f"; did you mean {nearest_name(wrong[0], valid)}?" if valid else ""))
 
 
 def _cells(notebook: Path, *kinds: str) -> list[tuple[str, list[str]]]:
@@ -174,18 +169,15 @@ def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple
     """(name, parameters, steps read) for each time a notebook runs: arms x grid x, where it takes one run, runs."""
     common, arms, grid = section
     runs = [s for s in planned if s.notebook.stem == TRAIN]
-    axes = {axis: values if isinstance(values, list) else [values] for axis, values in grid.items()}
-    for arm, *values in itertools.product(arms or [""], *axes.values()):
-        point = dict(zip(axes, values, strict=True))
-        name = "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())]))
-        name = re.sub(r"[^\w.=,+-]+", "-", name)
+    for arm, *values in itertools.product(arms or [""], *(axis if isinstance(axis, list) else [axis] for axis in grid.values())):
+        point = dict(zip(grid, values, strict=True))
+        name = re.sub(r"[^\w.=,+-]+", "-", "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())])))
         given = {**common, **arms.get(arm, {}), **point}
         one = next((n for n in ("run", "checkpoint") if n in has), "")
         if runs and one and one not in given:
             yield from ((f"{name}/{run.output.name}", {one: str(run.output), **given}, [run]) for run in runs)
         elif runs and "runs" in has and "runs" not in given:
-            made_from_runs = [s for s in planned if s in runs or set(runs) & set(s.upstream)]
-            yield name, {"runs": [str(run.output) for run in runs], **given}, made_from_runs
+            yield name, {"runs": [str(run.output) for run in runs], **given}, [s for s in planned if {s, *s.upstream} & {*runs}]
         else:
             yield name, given, []
 
@@ -277,17 +269,15 @@ def _execute(step: Step, bar: tqdm) -> None:
     def on_cell(cell: Any, cell_index: int) -> None:
         bar.n = cell_index + 1
 
-    options = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "on_cell_start": on_cell}
-    options |= {"progress_bar": False, "cwd": step.notebook.parents[1]}
+    options = dict(kernel_name="python3", language="python", kernel_manager_class=Kernel, on_cell_start=on_cell, progress_bar=False)
     where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}"
     try:
-        papermill.execute_notebook(step.notebook, step.executed, step.parameters, **options)
+        papermill.execute_notebook(step.notebook, step.executed, step.parameters, cwd=step.notebook.parents[1], **options)
     except papermill.exceptions.PapermillExecutionError as error:
         what = f"(In [{error.exec_count}]: {error.source.strip().splitlines()[0]})\n  {error.ename}: {error.evalue}"
         raise StepFailed(f"{step.name} failed in cell {bar.n} of {bar.total} {what}{where}") from None
     except DeadKernelError:
-        where = f"cell {bar.n} of {bar.total}; was there enough memory?{where}"
-        raise StepFailed(f"{step.name}: the kernel died in {where}") from None
+        raise StepFailed(f"{step.name}: the kernel died in cell {bar.n} of {bar.total}; was there enough memory?{where}") from None
 
 
 def _write_page(step: Step) -> None:
@@ -316,9 +306,8 @@ def _run_step(step: Step, title: str) -> None:
         return
     step.output.mkdir(parents=True, exist_ok=True)
     write_json(step.record, record)
-    start, cells = time.monotonic(), _cells(step.notebook, "code", "markdown")
-    shape = "{desc}  cell {n}/{total}  {elapsed}"
-    with tqdm(desc=title, total=len(cells) + 1, bar_format=shape, dynamic_ncols=True, disable=None) as bar:
+    start, total = time.monotonic(), len(_cells(step.notebook, "code", "markdown")) + 1
+    with tqdm(desc=title, total=total, bar_format="{desc}  cell {n}/{total}  {elapsed}", dynamic_ncols=True, disable=None) as bar:
         threading.Thread(target=_tick, args=[bar], daemon=True).start()
         if bar.disable:  # a log
             print(f"{title}  starts  0:00:00", file=sys.stderr, flush=True)
@@ -332,13 +321,10 @@ def _run_step(step: Step, title: str) -> None:
 
 def _write_index(name: str, steps: list[Step], out: Path) -> None:
     """One page over the whole recipe: headline table, pictures side by side over the runs, links to the steps."""
-    groups, titles, table = {}, {}, []
-    for step in steps:
-        key = step.name.partition("/")[0]
-        groups.setdefault(key, []).append(step)
-        titles[key] = _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ")
-        for comparison in step.output.glob("comparison.csv"):
-            table = list(csv.reader(comparison.read_text("utf-8").splitlines()))
+    groups = {key: list(uses) for key, uses in itertools.groupby(steps, lambda step: step.name.partition("/")[0])}
+    titles = {key: _cells(uses[0].notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ") for key, uses in groups.items()}
+    comparisons = [path.read_text("utf-8") for step in steps for path in step.output.glob("comparison.csv")]
+    table = list(csv.reader(comparisons[-1].splitlines())) if comparisons else []
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "index.html", template.render(name=name, groups=groups, titles=titles, table=table, out=out))

@@ -10,6 +10,7 @@ from protoclip_lab.randomness import derive, torch_generator
 
 # Distances held at once by the torch engine: 2**24 floats are 64 MiB.
 BLOCK_ELEMENTS = 2**24
+AUTO = "auto"  # the engine that suits the features' device
 # How far the two halves of a split cluster move apart, as a share of each coordinate (faiss's own constant).
 SPLIT = 1 / 1024
 
@@ -25,14 +26,7 @@ class Clusters:
 
 
 def kmeans(
-    features: Tensor,
-    k: int,
-    *,
-    iterations: int = 20,
-    restarts: int = 1,
-    seed: int = 0,
-    init: Tensor | None = None,
-    engine: str = "auto",
+    features: Tensor, k: int, *, iterations: int = 20, restarts: int = 1, seed: int = 0, init: Tensor | None = None, engine: str = AUTO
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 
@@ -63,7 +57,7 @@ def kmeans(
         raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf")
     if init is not None and init.shape != (k, features.shape[1]):
         raise ValueError(f"init has shape {tuple(init.shape)}, expected {(k, features.shape[1])}")
-    if engine == "auto":
+    if engine == AUTO:
         import faiss
 
         engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
@@ -105,8 +99,7 @@ def nearest(features: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid (Euclidean) of each row: (N, d), (K, d) -> (N,) int64, in blocks."""
     half_norms = centroids.square().sum(dim=1) / 2
     rows = max(1, BLOCK_ELEMENTS // len(centroids))
-    blocks = [torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(dim=1) for block in features.split(rows)]
-    return torch.cat(blocks)
+    return torch.cat([torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(dim=1) for block in features.split(rows)])
 
 
 def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
@@ -125,9 +118,8 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     array = features.cpu().numpy()
     # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
     all_rows = {"max_points_per_centroid": -(-len(array) // k), "min_points_per_centroid": 1}
-    search = {"niter": iterations, "nredo": restarts, "seed": derive(seed, "kmeans") % 2**31}
-    search["gpu"] = features.is_cuda and faiss.get_num_gpus() > 0
-    engine = faiss.Kmeans(array.shape[1], k, **search, **all_rows)
+    search = {"niter": iterations, "nredo": restarts, "gpu": features.is_cuda and faiss.get_num_gpus() > 0}
+    engine = faiss.Kmeans(array.shape[1], k, seed=derive(seed, "kmeans") % 2**31, **search, **all_rows)
     engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
     found = engine.index.search(array, 1)[1][:, 0], np.ascontiguousarray(engine.centroids)
     return tuple(torch.from_numpy(array).to(features.device) for array in found)
@@ -137,10 +129,7 @@ def _torch_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     found = []
     for restart in range(restarts):
         generator = torch_generator(seed, "kmeans", restart)
-        if init is None:
-            centroids = features[torch.randperm(len(features), generator=generator)[:k].to(features.device)]
-        else:
-            centroids = init.to(features)
+        centroids = features[torch.randperm(len(features), generator=generator)[:k]] if init is None else init.to(features)
         for _ in range(iterations):
             labels = nearest(features, centroids)
             sizes = torch.bincount(labels, minlength=k)

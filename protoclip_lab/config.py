@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -15,10 +15,8 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     return max(names, key=lambda other: difflib.SequenceMatcher(None, str(name).lower(), str(other).lower()).ratio())
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespaces=()):
     """A pydantic model whose errors name the nearest valid setting or value."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -30,8 +28,7 @@ class Settings(BaseModel):
             field = cls.model_fields[name]
             choices = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
             if isinstance(value, str) and choices and value not in choices:
-                near = nearest_name(value, choices)
-                raise ValueError(f"{name} = {value!r} is none of {choices}; the nearest valid value is {near!r}")
+                raise ValueError(f"{name} = {value!r} is not in {choices}; the nearest valid value is {nearest_name(value, choices)!r}")
             for bound in field.metadata if isinstance(value, int | float) else ():
                 near = min(max(getattr(bound, "ge", -math.inf), value), getattr(bound, "le", math.inf))
                 if near != value:
@@ -144,12 +141,10 @@ class TrainConfig(Settings):
         if self.objective == "protoclip":
             if self.teachers and not self.back_translation:
                 raise ValueError("external teachers need back_translation: their centroids lie in another space")
-            most = max([1, *(k for ks in self.teacher_ks().values() for k in ks)])
-            if most > size:
+            if (most := max([1, *(k for ks in self.teacher_ks().values() for k in ks)])) > size:
                 raise ValueError(f"k = {most} is more than episode_size = {size}; the nearest valid value is {size}")
-            if (self.lit_start_episode or math.inf) <= self.infonce_warmup_episodes:
-                start = f"lit_start_episode = {self.lit_start_episode}"
-                raise ValueError(f"{start} leaves no episode for prototypes after those of infonce_warmup_episodes")
+            if (start := self.lit_start_episode or math.inf) <= self.infonce_warmup_episodes:
+                raise ValueError(f"lit_start_episode = {start} leaves no episode for prototypes after those of infonce_warmup_episodes")
         if self.text_end_episode is not None and self.text_end_episode < self.text_start_episode:
             raise ValueError(f"text_end_episode = {self.text_end_episode} lies before text_start_episode")
         if self.evaluate_every and not self.evaluation_sets:

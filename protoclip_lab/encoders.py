@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -71,11 +69,8 @@ class TwoTowers(nn.Module):
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Outputs:
         """Images (B, 3, H, W) float32 and tokens (B, L) int64 -> :class:`Outputs`."""
-        z_image = h_image = z_text = h_text = None
-        if images is not None:
-            z_image, h_image = self._features(self.clip.encode_image(images), self.image_head)
-        if tokens is not None:
-            z_text, h_text = self._features(self.clip.encode_text(tokens), self.text_head)
+        z_image, h_image = (None, None) if images is None else self._features(self.clip.encode_image(images), self.image_head)
+        z_text, h_text = (None, None) if tokens is None else self._features(self.clip.encode_text(tokens), self.text_head)
         return Outputs(z_image, z_text, h_image, h_text)
 
     @staticmethod
@@ -114,9 +109,8 @@ def create(config: TrainConfig) -> TwoTowers:
         cfg["vision_cfg"]["image_size"] = config.image_size
     if config.text_model:
         name = str(Path(config.text_model).absolute()) if Path(config.text_model).is_dir() else config.text_model
-        cfg["text_cfg"] = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler"}
-        cfg["text_cfg"] |= {"context_length": 77, "hf_model_pretrained": config.text_pretrained}
-        cfg["custom_text"] = True
+        text = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler", "context_length": 77}
+        cfg |= {"text_cfg": {**text, "hf_model_pretrained": config.text_pretrained}, "custom_text": True}
     if config.context_length:
         cfg["text_cfg"]["context_length"] = config.context_length
     if config.alignment == "siglip":
@@ -126,16 +120,14 @@ def create(config: TrainConfig) -> TwoTowers:
         clip = _create_clip(config.model, cfg, config.pretrained if config.pretrained_towers == "both" else None)
         if config.pretrained and config.pretrained_towers == "image":
             whole = open_clip.get_model_config(config.model) | {"vision_cfg": cfg["vision_cfg"]}
-            donor = _create_clip(config.model, whole, config.pretrained)
-            clip.visual.load_state_dict(donor.visual.state_dict())
+            clip.visual.load_state_dict(_create_clip(config.model, whole, config.pretrained).visual.state_dict())
         sizes = {"hidden": config.projection_hidden, "out": config.projection_dim, "depth": config.projection_depth}
         heads = {"width": cfg["embed_dim"], **sizes} if config.objective == "protoclip" else None
         model = TwoTowers(clip, cfg, _tokenizer(cfg, config.model), heads)
     if config.lock_image:
         groups = config.lock_image_unlocked_groups
-        if groups and isinstance(clip.visual, ModifiedResNet):
-            why = f"open_clip locks the image tower of {config.model!r} only as a whole; the nearest valid value is 0"
-            raise ValueError(f"lock_image_unlocked_groups = {groups}: {why}, or take a ViT")
+        if groups and isinstance(clip.visual, open_clip.modified_resnet.ModifiedResNet):
+            raise ValueError(f"lock_image_unlocked_groups = {groups}: {config.model!r} can be locked only as a whole; take 0, or a ViT")
         clip.lock_image_tower(unlocked_groups=groups, freeze_bn_stats=config.lock_image_freeze_bn)
     return model
 
@@ -178,8 +170,7 @@ def load(path: str | Path) -> TwoTowers:
         try:
             return _load_authors(folder)
         except Exception as error:  # the file may hold anything
-            what = "a checkpoint of the ProtoCLIP authors' code with CLIP's own towers"
-            raise ValueError(f"{folder} is not {what}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{folder} is no checkpoint of the ProtoCLIP authors' code with CLIP's own towers: {error!r}") from error
     if not (folder / "open_clip_config.json").exists():
         raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
     cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
@@ -190,8 +181,7 @@ def load(path: str | Path) -> TwoTowers:
 
 def fingerprint(model: TwoTowers) -> str:
     """SHA-256 over weights, configuration and image preprocessing: equal ones give equal features."""
-    about = [model.model_cfg, model.clip.visual.preprocess_cfg]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([model.model_cfg, model.clip.visual.preprocess_cfg], sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -217,10 +207,8 @@ def encode_images(model: TwoTowers, images: Sequence, *, batch_size: int = 256, 
 
 def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
     """Text features z_T of captions, (N, embed) float32 on the CPU, in eval mode."""
-    captions = list(captions)
-    starts = range(0, len(captions), batch_size)
-    bar = tqdm(starts, desc="encoding captions", disable=not progress, mininterval=2, leave=False)
-    return _encode(model, ((None, model.tokenizer(captions[start : start + batch_size])) for start in bar)).text
+    bar = tqdm(range(0, len(captions), batch_size), desc="encoding captions", disable=not progress, mininterval=2, leave=False)
+    return _encode(model, ((None, model.tokenizer(list(captions[start : start + batch_size]))) for start in bar)).text
 
 
 def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
@@ -262,7 +250,7 @@ def _assemble(name: str, cfg: dict, heads: dict | None, pretrained: str | None =
 
 def _load_pretrained(name: str, tag: str) -> TwoTowers:
     for key, known in ((name, open_clip.list_models()), (tag, open_clip.list_pretrained_tags_by_model(name))):
-        if key not in known and not os.path.isfile(key):
+        if key not in known and not Path(key).is_file():
             near = f"; the nearest is {nearest_name(key, known)!r}" if known else ""
             raise ValueError(f"open_clip:{name}/{tag}: open_clip does not know {key!r}{near}; write open_clip:NAME/TAG")
     cfg = open_clip.get_model_config(name)
@@ -274,15 +262,13 @@ def _load_pretrained(name: str, tag: str) -> TwoTowers:
 def _load_authors(file: Path) -> TwoTowers:
     """A checkpoint of the ProtoCLIP authors' training code, which is open_clip 1.2 with heads."""
     # Their optimizer's state holds NumPy float64 scalars, whose module has moved since.
-    scalar = np.float64(0).__reduce__()[0]
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    names = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*names, np.dtype, type(np.dtype(np.float64))]):
         content = torch.load(file, map_location="cpu", weights_only=True)
     state = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     # Linear layers of the head; BatchNorms between them have weights of one dimension.
-    linear = [w for name, w in state.items() if name.startswith("image_projection_head") and w.ndim == 2]
-    sizes = {"width": linear[0].shape[1], "hidden": len(linear[0]), "out": len(linear[-1])} if linear else {}
-    heads = {**sizes, "depth": len(linear) - 1} if linear else None
+    dense = [w for name, w in state.items() if name.startswith("image_projection_head") and w.ndim == 2]
+    heads = {"width": dense[0].shape[1], "hidden": len(dense[0]), "out": len(dense[-1]), "depth": len(dense) - 1} if dense else None
     model = _assemble("RN50", _authors_config(state), heads)
     # Heads have their names; all the rest belongs to the towers.
     own = {name.replace("_projection_head", "_head"): value for name, value in state.items()}
@@ -297,28 +283,23 @@ def _authors_config(state: dict[str, Tensor]) -> dict:
     def count(prefix: str) -> int:
         return len({name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)})
 
-    def side(name: str) -> int:
-        return math.isqrt(len(state[name]) - 1)
-
     length, width = state["positional_embedding"].shape
     text = {"context_length": length, "vocab_size": len(state["token_embedding.weight"]), "width": width}
     text |= {"heads": max(1, width // 64), "layers": count("transformer.resblocks.")}
     if "visual.proj" in state:
         width, _, patch, _ = state["visual.conv1.weight"].shape
         vision = {"layers": count("visual.transformer.resblocks."), "width": width, "patch_size": patch}
-        vision["image_size"] = patch * side("visual.positional_embedding")
+        vision["image_size"] = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
     else:
-        vision = {"layers": [count(f"visual.layer{n}.") for n in range(1, 5)], "patch_size": None}
-        vision["width"] = len(state["visual.layer1.0.conv1.weight"])
-        vision["image_size"] = 32 * side("visual.attnpool.positional_embedding")
-    embed = state["text_projection"].shape[1]
+        vision = {"layers": [count(f"visual.layer{n}.") for n in range(1, 5)], "width": len(state["visual.layer1.0.conv1.weight"])}
+        vision |= {"patch_size": None, "image_size": 32 * math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)}
     # QuickGELU, whatever their settings said.
-    return {"embed_dim": embed, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    return {"embed_dim": state["text_projection"].shape[1], "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
 
 
 def _create_clip(name: str, cfg: dict, pretrained: str | None) -> nn.Module:
-    if pretrained and os.path.isdir(pretrained):
-        pretrained = os.path.join(pretrained, WEIGHTS)
+    if pretrained and Path(pretrained).is_dir():
+        pretrained = str(Path(pretrained) / WEIGHTS)
     # The whole configuration goes in as overrides: what is saved is then what was built.
     options = cfg | {"pretrained": pretrained or None, "force_custom_text": cfg.get("custom_text", False)}
     options.pop("custom_text", None)

@@ -9,19 +9,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from protoclip_lab import randomness
 
 # Okabe and Ito's colours, told apart with every common colour vision; the palest last.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-REST = "#BBBBBB"
 NOTE = {"fontsize": 8, "color": "#555555"}
-LINES = ("-", "--", "-.", ":")
 WIDTH = 9.0  # inches: the width of a notebook's cell
 STYLE = {"figure.dpi": 110, "font.size": 9, "axes.titlesize": 10, "legend.frameon": False}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
-STYLE["text.parse_math"] = False  # a caption may hold dollar signs
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # a caption may hold dollar signs
 METHODS = {
     "umap": "UMAP, cosine distance, 15 neighbours, minimum distance 0.1",
     "tsne": "t-SNE, cosine distance, perplexity 30 or fewer",
@@ -52,20 +48,17 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0) -> np.nd
         raise ValueError(f"method {method!r}: it is one of {', '.join(METHODS)}")
     if len(features) < 4:
         raise ValueError(f"a map needs at least 4 points, got {len(features)}")
+    from sklearn import decomposition, manifold
+
     seed = randomness.derive(seed, "map") % 2**32
     if method == "pca":
-        from sklearn.decomposition import PCA
-
-        return PCA(2, svd_solver="full").fit_transform(features).astype(np.float32)
+        return decomposition.PCA(2, svd_solver="full").fit_transform(features).astype(np.float32)
     if method == "tsne":
-        from sklearn.manifold import TSNE
-
         few = min(30.0, (len(features) - 1) / 3)
-        return TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(features)
+        return manifold.TSNE(perplexity=few, metric="cosine", init="random", random_state=seed).fit_transform(features)
     from umap import UMAP
 
-    neighbours = min(15, len(features) - 1)
-    return UMAP(n_neighbors=neighbours, metric="cosine", n_jobs=1, random_state=seed).fit_transform(features)
+    return UMAP(n_neighbors=min(15, len(features) - 1), metric="cosine", n_jobs=1, random_state=seed).fit_transform(features)
 
 
 @matplotlib.rc_context(STYLE)
@@ -88,12 +81,10 @@ def joint_map(
     pairs = np.column_stack([images, texts]) if len(images) == len(texts) else np.zeros((0, 2), int)
     drawn = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(links, len(pairs))).astype(int))]
     title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
-    joined = f"{len(drawn)} of {len(pairs):,} pairs joined by a line"
-    figure, axes, dots = _map(xy, title, method, seed, joined)
-    axes.plot(*xy[drawn].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
-    for name, rows, colour, marker in (("image", ~is_text, PALETTE[0], "o"), ("text", is_text, PALETTE[1], "^")):
-        axes.scatter(*xy[rows].T, c=colour, marker=marker, label=f"{name} ({rows.sum():,})", **dots)
-    return _with_legend(figure)
+    groups = [("image", ~is_text, {"c": PALETTE[0], "marker": "o"}), ("text", is_text, {"c": PALETTE[1], "marker": "^"})]
+    figure = _map(xy, groups, title, method, seed, f"{len(drawn)} of {len(pairs):,} pairs joined by a line · ")
+    figure.axes[0].plot(*xy[drawn].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
@@ -108,19 +99,14 @@ def cluster_map(xy: np.ndarray, labels: Sequence, *, names: Any = None, title: s
     """
     labels = np.asarray(labels)
     values, counts = np.unique(labels, return_counts=True)
-    by_size = np.argsort(-counts, kind="stable")
-    shown = by_size if len(values) <= len(PALETTE) else by_size[: len(PALETTE) - 1]
-    heading = f"{title} ({len(values)} groups)" if title else f"{len(values)} groups"
-    figure, axes, dots = _map(xy, heading, method, seed)
+    shown = np.argsort(-counts, kind="stable")[: len(PALETTE) if len(values) <= len(PALETTE) else len(PALETTE) - 1]
+    groups = []
     for colour, i in zip(PALETTE, shown, strict=False):
         name = _legible(str(values[i] if names is None else names[values[i]]))
-        label = f"{textwrap.shorten(name, 32, placeholder='…')} ({counts[i]:,})"
-        axes.scatter(*xy[labels == values[i]].T, c=colour, label=label, **dots)
-    rest = ~np.isin(labels, values[shown])
-    if rest.any():
-        label = f"{len(values) - len(shown)} others ({rest.sum():,})"
-        axes.scatter(*xy[rest].T, c=REST, label=label, zorder=0, **dots)
-    return _with_legend(figure)
+        groups.append((textwrap.shorten(name, 32, placeholder="…"), labels == values[i], {"c": colour}))
+    if (rest := ~np.isin(labels, values[shown])).any():
+        groups.append((f"{len(values) - len(shown)} others", rest, {"c": "#BBBBBB", "zorder": 0}))
+    return _map(xy, groups, f"{title} ({len(values)} groups)" if title else f"{len(values)} groups", method, seed)
 
 
 @matplotlib.rc_context(STYLE)
@@ -135,9 +121,8 @@ def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence
     columns = max([1, *map(len, images)])
     heights = [1.8 if len(row) else 0.5 for row in images]
     figure = _Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    ratios = {"height_ratios": heights, "width_ratios": [1.2] + [(WIDTH - 1.2) / columns] * columns}
-    bare = {"frame_on": False, "xticks": [], "yticks": []}
-    grid = figure.subplots(len(images), columns + 1, squeeze=False, subplot_kw=bare, **ratios)
+    shape = {"squeeze": False, "height_ratios": heights, "width_ratios": [1.2] + [(WIDTH - 1.2) / columns] * columns}
+    grid = figure.subplots(len(images), columns + 1, subplot_kw={"frame_on": False, "xticks": [], "yticks": []}, **shape)
     for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
         axes[0].text(1, 0.5, name, ha="right", va="center", fontweight="bold", transform=axes[0].transAxes)
         if not len(row):
@@ -145,8 +130,7 @@ def prototype_sheet(images: Sequence[Sequence[Any]], captions: Sequence[Sequence
         for cell, image, text in zip(axes[1:], row, texts, strict=False):
             cell.imshow(image)
             lines = textwrap.fill(_legible(text), int(WIDTH / columns * 12), max_lines=3, placeholder=" …")
-            below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
-            cell.annotate(lines, (0.5, 0), (0, -3), fontsize=7, **below)
+            cell.text(0.5, -0.03, lines, ha="center", va="top", fontsize=7, transform=cell.transAxes)
     return figure
 
 
@@ -164,11 +148,11 @@ def progress_curves(table: pd.DataFrame, columns: Sequence[str], *, x: str = "ep
     for axes, column in zip(panels, columns, strict=True):
         for i, run in enumerate(runs):
             line = (table if run is None else table[table[by] == run])[[x, column]].dropna().sort_values(x)
-            axes.plot(line[x], line[column], "o" + LINES[i % 4], color=PALETTE[i % 7], markersize=3, label=str(run))
+            axes.plot(line[x], line[column], "o" + ("-", "--", "-.", ":")[i % 4], color=PALETTE[i % 7], markersize=3, label=str(run))
         if not table[column].notna().any():
             axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params("x", integer=True)
     if len(runs) > 1:
         figure.legend(handles=panels[0].lines, loc="outside upper center", ncols=min(4, len(runs)))
     return figure
@@ -182,8 +166,7 @@ def comparison(table: pd.DataFrame, measures: Sequence[str] | None = None, *, by
         table: a row per run with its arm in column ``by``.
         measures: columns to draw; None draws all numeric ones but ``seed``.
     """
-    if measures is None:
-        measures = [name for name in table.select_dtypes("number") if name not in (by, "seed")]
+    measures = [name for name in table.select_dtypes("number") if name not in (by, "seed")] if measures is None else measures
     arms = list(dict.fromkeys(table[by]))
     figure, panels = _panels(len(measures), height=0.9 + 0.4 * len(arms), sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
@@ -195,25 +178,23 @@ def comparison(table: pd.DataFrame, measures: Sequence[str] | None = None, *, by
             digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
             text = f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
             axes.annotate(text, (mean, i), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axes.margins(x=0.35)
-        axes.set(title=measure.replace("_", " "), ylim=(len(arms) - 0.4, -0.7))
+        axes.set(title=measure.replace("_", " "), xmargin=0.35, ylim=(len(arms) - 0.4, -0.7))
         axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
     figure.supxlabel("mean ± standard deviation where there are several seeds; small dots are single runs", **NOTE)
     return figure
 
 
-def _map(xy, title, method, seed, note="") -> tuple[Figure, Any, dict]:
-    """Axes for points whose coordinates mean nothing by themselves, and how to draw so many points."""
+def _map(xy, groups, title, method, seed, note="") -> Figure:
+    """Points whose coordinates mean nothing by themselves, in groups of (label, rows, how they look)."""
     figure = _Figure(figsize=(WIDTH, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate", xticks=[], yticks=[])
     made = f"{len(xy):,} points · {METHODS[method]}" + ("" if method == "pca" else f", seed {seed}")
-    figure.supxlabel(f"{note} · {made}" if note else made, **NOTE)
-    return figure, axes, {"s": np.clip(20000 / max(len(xy), 1), 4, 30), "alpha": 0.7, "linewidths": 0}
-
-
-def _with_legend(figure: Figure) -> Figure:
-    for handle in figure.axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5)).legend_handles:
+    figure.supxlabel(note + made, **NOTE)
+    size = np.clip(20000 / max(len(xy), 1), 4, 30)
+    for label, rows, look in groups:
+        axes.scatter(*xy[rows].T, label=f"{label} ({rows.sum():,})", s=size, alpha=0.7, linewidths=0, **look)
+    for handle in axes.legend(loc="center left", bbox_to_anchor=(1, 0.5)).legend_handles:
         handle.set(sizes=[30], alpha=1)
     return figure
 

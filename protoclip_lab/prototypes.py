@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from protoclip_lab import clustering, losses
-from protoclip_lab.clustering import Clusters
 from protoclip_lab.randomness import derive
 
 STUDENTS = ("image", "text")
@@ -66,19 +65,12 @@ class Prototypes:
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
         """Share of features whose nearest prototype (by inner product) is the teacher's."""
-        logits = losses.masked(features @ self.centroids.T, self.occupied)
-        return (logits.argmax(dim=1) == labels).float().mean()
+        return (losses.masked(features @ self.centroids.T, self.occupied).argmax(dim=1) == labels).float().mean()
 
 
 def construct(
-    features: dict[str, Tensor],
-    teachers: list[Teacher],
-    *,
-    seed: int,
-    back_translation: bool = True,
-    mask_empty: bool = True,
-    **kmeans: Any,
-) -> tuple[list[Prototypes], dict[str, Clusters]]:
+    features: dict[str, Tensor], teachers: list[Teacher], *, back_translation: bool = True, mask_empty: bool = True, **kmeans: Any
+) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
     Internal teachers ("image", "text") teach the other tower; external ones teach both.
@@ -87,10 +79,10 @@ def construct(
         features: by name: "image" and "text" hold the students' (N, d) projected features h, other names an
             external teacher's (N, d_t) stored features, all of the same N samples.
         teachers: who teaches.
-        seed: of this episode's clustering; each teacher and k draws its own.
         back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
         mask_empty: keep empty clusters out of both softmaxes.
-        kmeans: iterations, restarts and engine of :func:`protoclip_lab.clustering.kmeans`.
+        kmeans: iterations, restarts, engine and seed of :func:`protoclip_lab.clustering.kmeans`; from this seed, the
+            episode's, each teacher and k draws its own.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
@@ -103,14 +95,12 @@ def construct(
         if teacher.name not in STUDENTS and not back_translation:
             raise ValueError(f"teacher {teacher.name!r} needs back_translation: its centroids lie in another space")
         for k in teacher.ks:
-            own_seed = derive(seed, "clusters of", teacher.name, k)
-            found = clustering.kmeans(features[teacher.name], k, seed=own_seed, **kmeans)
+            own_seed = {"seed": derive(kmeans.get("seed", 0), "clusters of", teacher.name, k)}
+            found = clustering.kmeans(features[teacher.name], k, **kmeans | own_seed)
             clusters[f"{teacher.name}_{k}"] = found
             occupied = found.sizes > 0 if mask_empty else None
             for student in [s for s in STUDENTS if s != teacher.name]:
-                centroids = found.centroids
-                if back_translation:
-                    centroids = clustering.back_translate(found.labels, features[student], k)
+                centroids = clustering.back_translate(found.labels, features[student], k) if back_translation else found.centroids
                 targets = losses.expected_prototypes(found.centroids, centroids, teacher.temperature, occupied=occupied)
                 made = (found.labels, found.centroids, centroids, targets, occupied)
                 records.append(Prototypes(student, teacher.name, *made, teacher.weight / len(teacher.ks)))
@@ -150,5 +140,4 @@ def load(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Pro
     folder = Path(checkpoint)
     tensors = load_file(folder / "prototypes.safetensors", device=str(device))
     about = json.loads((folder / "prototypes.json").read_text())
-    held = [{key: tensors.get(f"{index}/{key}") for key in TENSORS} for index in range(len(about))]
-    return [Prototypes(**own, **named, carried=True) for own, named in zip(held, about, strict=True)]
+    return [Prototypes(**{key: tensors.get(f"{i}/{key}") for key in TENSORS}, **named, carried=True) for i, named in enumerate(about)]

@@ -1,7 +1,5 @@
 """The run directory: config, metrics, checkpoints, and what an interrupted run needs to go on."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata
@@ -20,8 +18,7 @@ from typing import Any
 import pandas as pd
 
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data.pairs import Pairs
-from protoclip_lab.data.source import open_pairs
+from protoclip_lab.data import pairs, source
 from protoclip_lab.storage import sync, write_json, write_text
 
 # These may change when a run is resumed: none has a say in weights or metrics.
@@ -44,11 +41,10 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
-            remedy = "Train one with 03_train, or name another."
-            raise FileNotFoundError(f"{self.path.absolute()} is not a run: it has no config.json. {remedy}")
+            raise FileNotFoundError(f"{self.path.absolute()} is not a run: no config.json. Train one with 03_train, or name another.")
 
     @classmethod
-    def create(cls, config: TrainConfig) -> Run:
+    def create(cls, config: TrainConfig) -> "Run":
         """The run of this config, new or already there.
 
         Raises:
@@ -57,11 +53,9 @@ class Run:
         path, wanted = Path(config.run), config.model_dump(mode="json")
         if (path / "config.json").exists():
             found = cls(path).config.model_dump(mode="json")
-            other = [name for name in wanted if name not in FREE and found[name] != wanted[name]]
-            if other:
+            if other := [name for name in wanted if name not in FREE and found[name] != wanted[name]]:
                 listed = ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other)
-                where = f"{path.absolute()} holds a run with other settings"
-                raise ValueError(f"{where}: {listed}. Choose another run folder.")
+                raise ValueError(f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "config.json", wanted)
         if not (path / "environment.json").exists():
@@ -80,8 +74,7 @@ class Run:
 
     def metrics(self, *, kind: str | None = None) -> pd.DataFrame:
         """One row for each logged step and each episode; ``kind`` "step" or "episode" takes only those."""
-        rows = _read_rows(self.path / "metrics.jsonl")
-        return pd.DataFrame([row for row in rows if kind in (None, row["kind"])])
+        return pd.DataFrame([row for row in _read_rows(self.path / "metrics.jsonl") if kind in (None, row["kind"])])
 
     def evaluations(self) -> pd.DataFrame:
         """Rows of (checkpoint, dataset, measure, value, low, high)."""
@@ -95,8 +88,7 @@ class Run:
     def latest(self) -> Path | None:
         """The newest checkpoint whose files match their checksums; damaged ones are passed over with a warning."""
         for folder in reversed(self.checkpoints()):
-            damaged = damaged_files(folder)
-            if not damaged:
+            if not (damaged := damaged_files(folder)):
                 return folder
             log.warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
         return None
@@ -107,10 +99,9 @@ class Run:
         Raises:
             FileNotFoundError: there is none yet.
         """
-        found = Path(path) if path else self.latest
-        if found is None:
+        if not (found := path or self.latest):
             raise FileNotFoundError(f"{self.path} has no checkpoint yet: let 03_train finish an episode first")
-        return found
+        return Path(found)
 
     def append(self, file: str, row: Mapping[str, Any]) -> None:
         """Add one row to a ``.jsonl`` file of the run."""
@@ -122,8 +113,7 @@ class Run:
         metrics, evaluation = self.path / "metrics.jsonl", self.path / "evaluation.jsonl"
         _write_rows(metrics, [row for row in _read_rows(metrics) if row["episode"] <= episode])
         with locked(self.path / "evaluation.lock"):
-            kept = [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint_name(episode)]
-            _write_rows(evaluation, kept)
+            _write_rows(evaluation, [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint_name(episode)])
 
     def save(self, episode: int, write: Callable[[Path], None]) -> Path:
         """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last."""
@@ -160,8 +150,7 @@ def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
     folder.mkdir(parents=True, exist_ok=True)
     # A training and a watcher may write at once.
     with locked(folder / "evaluation.lock"):
-        known = {(r["checkpoint"], r["dataset"], r["measure"]): r for r in _read_rows(folder / "evaluation.jsonl")}
-        known |= {(r["checkpoint"], r["dataset"], r["measure"]): r for r in rows}
+        known = {(r["checkpoint"], r["dataset"], r["measure"]): r for r in [*_read_rows(folder / "evaluation.jsonl"), *rows]}
         _write_rows(folder / "evaluation.jsonl", known.values())
     return _evaluations(known.values())
 
@@ -177,12 +166,12 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def pairs_of(run: Run) -> Pairs:
+def pairs_of(run: Run) -> pairs.Pairs:
     """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
     config = run.config
     names = ("image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share")
     folder = run.path.parent / "shapes" if config.table == "shapes" else run.path
-    return open_pairs(folder, config.table, **{name: getattr(config, name) for name in names})
+    return source.open_pairs(folder, config.table, **{name: getattr(config, name) for name in names})
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -196,8 +185,7 @@ HEADLINES = ["zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall",
 
 def headlines(rows: pd.DataFrame) -> pd.DataFrame:
     """The headline measures of a run's evaluations, a column for each checkpoint."""
-    shown = rows[rows["measure"].isin(HEADLINES)]
-    return shown.pivot_table(index=["dataset", "measure"], columns="checkpoint", values="value", sort=True).round(2)
+    return rows[rows["measure"].isin(HEADLINES)].pivot_table("value", ["dataset", "measure"], "checkpoint").round(2)
 
 
 class Comparison:
@@ -224,18 +212,15 @@ class Comparison:
         self.runs = [Run(run) for run in runs]
         rows, cells = [], []
         for run in self.runs:
-            found = run.evaluations()
-            if found.empty:
+            if (found := run.evaluations()).empty:
                 raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
             arm, newest = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name, found["checkpoint"].max()
-            found["measure"] = found["dataset"] + ": " + found["measure"]
-            last = found[found["checkpoint"] == newest].assign(arm=arm)
+            last = found[found["checkpoint"] == newest].assign(arm=arm, measure=found["dataset"] + ": " + found["measure"])
             about = {"run": run.path.name, "arm": arm, "seed": run.config.seed, "checkpoint": newest}
             rows.append(about | dict(zip(last["measure"], last["value"], strict=True)))
             cells.append(last)
         self.values = pd.DataFrame(rows)
-        endings = tuple(measures or [f": {name}" for name in HEADLINES])
-        self.shown = [name for name in self.values.columns[4:] if name.endswith(endings)]
+        self.shown = [name for name in self.values.columns[4:] if name.endswith(tuple(measures or [f": {m}" for m in HEADLINES]))]
         cells = pd.concat(cells).groupby(["measure", "arm"])[["value", "low", "high"]].apply(_cell)
         self.table = cells.unstack(fill_value="").loc[self.shown, self.values["arm"].unique()]
         if output:
@@ -287,7 +272,11 @@ def _cell(found: pd.DataFrame) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):  # an optimizer's state may be larger than memory has room for twice
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _environment(path: Path) -> dict[str, Any]:
@@ -295,8 +284,7 @@ def _environment(path: Path) -> dict[str, Any]:
     if commit:
         (path / "uncommitted.diff").write_text(_git("diff", "HEAD"), "utf-8")
     packages = {found.name: found.version for found in importlib.metadata.distributions()}
-    about = {"python": sys.version, "platform": platform.platform(), "packages": packages}
-    return about | {"commit": commit or None, "command": sys.argv}
+    return {"python": sys.version, "platform": platform.platform(), "packages": packages, "commit": commit or None, "command": sys.argv}
 
 
 def _git(*words: str) -> str:

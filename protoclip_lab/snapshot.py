@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from protoclip_lab import clustering, encoders, plots, prototypes
+from protoclip_lab import clustering, encoders, evaluation, plots, prototypes, randomness, runs
 from protoclip_lab.data.pairs import Pairs
-from protoclip_lab.encoders import Outputs
-from protoclip_lab.evaluation import agreement, modality_gap
-from protoclip_lab.randomness import numpy_generator
-from protoclip_lab.runs import Run, pairs_of
 
 # Without prototypes of its own, a model's features are clustered with this many members in the mean.
 MEMBERS = 25
@@ -36,19 +31,19 @@ class Snapshot:
         labels: columns of the table with true labels.
     """
 
-    run: Run
+    run: runs.Run
     checkpoint: Path
     pairs: Pairs
     rows: np.ndarray
-    features: Outputs
+    features: encoders.Outputs
     seed: int
     method: str
     labels: Sequence[str]
 
-    @cached_property
+    @property
     def gap(self) -> dict[str, float]:
         """:func:`protoclip_lab.evaluation.modality_gap` of the sample."""
-        return modality_gap(self.features.image, self.features.text)
+        return evaluation.modality_gap(self.features.image, self.features.text)
 
     def prototypes(self, modality: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
         """Each sample's prototype in one modality, the prototypes and the features they live among.
@@ -60,8 +55,7 @@ class Snapshot:
             labels (n,), centroids (K, d), features (n, d).
         """
         projected = getattr(self.features, f"{modality}_projection")
-        centroids = prototypes.of_modality(prototypes.load(self.checkpoint), modality)
-        if centroids is not None:
+        if (centroids := prototypes.of_modality(prototypes.load(self.checkpoint), modality)) is not None:
             return clustering.nearest(projected, centroids).numpy(), centroids, projected
         found = clustering.kmeans(projected, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
         return found.labels.numpy(), found.centroids, projected
@@ -74,27 +68,25 @@ class Snapshot:
         """Joint map of image and text features, the gap in its title."""
         both = torch.cat([self.features.image, self.features.text]).numpy()
         xy = plots.embed(both, method=self.method, seed=self.seed)
-        is_text = np.arange(len(both)) >= len(self.rows)
-        return plots.joint_map(xy, is_text, gap=self.gap["gap"], method=self.method, seed=self.seed)
+        return plots.joint_map(xy, np.arange(len(both)) >= len(self.rows), gap=self.gap["gap"], method=self.method, seed=self.seed)
 
     def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
         """One map of a modality's features, coloured by prototype and by each label column."""
         assigned, centroids, features = self.prototypes(modality)
-        xy = plots.embed(features.numpy(), method=self.method, seed=self.seed)
         options = {"method": self.method, "seed": self.seed}
+        xy = plots.embed(features.numpy(), **options)
         kind = "prototype" if prototypes.load(self.checkpoint) else "k-means cluster"
         names = [f"{kind} {i}" for i in range(len(centroids))]
-        own = plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)
-        titles = {label: f"{modality}s by {label}" for label in self.labels}
-        true = {label: plots.cluster_map(xy, self.label(label), title=titles[label], **options) for label in titles}
-        return {"prototypes": own, **true}
+        maps = {"prototypes": plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)}
+        maps |= {label: plots.cluster_map(xy, self.label(label), title=f"{modality}s by {label}", **options) for label in self.labels}
+        return maps
 
     def sheet(self, prototypes: int = 6, nearest: int = 6, modality: str = "image") -> Figure:
         """The samples nearest to some prototypes, drawn at random among those with enough members."""
         assigned, centroids, features = self.prototypes(modality)
         sizes = np.bincount(assigned, minlength=len(centroids))
         large = np.flatnonzero(sizes >= min(nearest, sizes.max()))
-        chosen = numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]
+        chosen = randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]
         images, captions = [], []
         for prototype in chosen:
             members = np.flatnonzero(assigned == prototype)
@@ -102,8 +94,7 @@ class Snapshot:
             shown = self.rows[members[np.argsort(distance, kind="stable")[:nearest]]]
             images.append([self.pairs.image(row) for row in shown])
             captions.append([self.pairs.caption(row) for row in shown])
-        names = [f"prototype {p}\n{sizes[p]} of {len(assigned):,}" for p in chosen]
-        return plots.prototype_sheet(images, captions, names)
+        return plots.prototype_sheet(images, captions, [f"prototype {p}\n{sizes[p]} of {len(assigned):,}" for p in chosen])
 
 
 def open_snapshot(
@@ -127,10 +118,10 @@ def open_snapshot(
     Raises:
         FileNotFoundError: no such run, or it has no checkpoint yet.
     """
-    run = Run(run)
+    run = runs.Run(run)
     checkpoint = run.checkpoint(checkpoint)
-    pairs = pairs_of(run)
-    rows = np.sort(numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
+    pairs = runs.pairs_of(run)
+    rows = np.sort(randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
     return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels)
 
 
@@ -143,16 +134,14 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     """
     rows = []
     for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
-        features = _encode(checkpoint, snapshot.pairs, snapshot.rows)
-        then = replace(snapshot, checkpoint=checkpoint, features=features)
+        then = replace(snapshot, checkpoint=checkpoint, features=_encode(checkpoint, snapshot.pairs, snapshot.rows))
         groups = then.prototypes("image")[0]
         row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
-        row["AMI of image and text groups"] = agreement(groups, then.prototypes("text")[0])["AMI"]
-        for label in snapshot.labels:
-            row[f"AMI of image groups and {label}"] = agreement(groups, then.label(label))["AMI"]
+        row["AMI of image and text groups"] = evaluation.agreement(groups, then.prototypes("text")[0])["AMI"]
+        row |= {f"AMI of image groups and {label}": evaluation.agreement(groups, then.label(label))["AMI"] for label in snapshot.labels}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> Outputs:
+def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> encoders.Outputs:
     return encoders.encode_pairs(encoders.load(checkpoint).to(encoders.best_device()), pairs, rows)

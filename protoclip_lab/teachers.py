@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.lib.format import open_memmap
 from tqdm.auto import tqdm
 
-from protoclip_lab.data.downstream import PairImages
-from protoclip_lab.data.source import open_pairs
+from protoclip_lab.data import downstream, source
 from protoclip_lab.storage import write_json
 
 log = logging.getLogger(__name__)
@@ -93,28 +91,26 @@ def build(pairs: Any, model: str, out: str | Path, *, kind: str = "text", dim: i
     if kind == "text":
         index, items = pd.factorize(np.array(pairs.captions, object))
     else:
-        items = PairImages(pairs)
+        items = downstream.PairImages(pairs)
         index = items.image_of_caption
-    about = {"model": str(model), "kind": kind, "batch_size": options.get("batch_size", 128)}
-    about["pooling"] = options.get("pooling", "mean") if kind == "text" else None
-    about |= {"table": str(pairs.source), "fingerprint": pairs.fingerprint, "rows": len(index), "distinct": len(items)}
-    about["versions"] = {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]}
+    about = {"model": str(model), "kind": kind, "table": str(pairs.source), "fingerprint": pairs.fingerprint, "rows": len(index)}
+    about |= {"distinct": len(items), "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]}}
+    about |= {"batch_size": options.get("batch_size", 128), "pooling": options.get("pooling", "mean") if kind == "text" else None}
     raw_path, state_path = out.with_suffix(".partial"), out.with_suffix(".partial.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
     done = state.get("done", 0) if state.get("about") == about else 0
     if state and not done:
         log.warning("%s was begun with another table, settings or versions: starting again", raw_path)
-    raw = open_memmap(raw_path, mode="r+") if done else None
     for block in _embed(kind, items, model, done, **options):
-        if raw is None:
+        if not done:
             state_path.unlink(missing_ok=True)  # it would vouch for rows that are about to be erased
-            raw = open_memmap(raw_path, "w+", np.float32, (len(items), block.shape[1]))
+        raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block
         raw.flush()
         done += len(block)
         write_json(state_path, {"about": about, "done": done})
-    features, share = _reduce(raw, index, dim)
+    features, share = _reduce(np.lib.format.open_memmap(raw_path, mode="r"), index, dim)
     writing = out.with_suffix(".writing.npy")
     np.save(writing, features)
     out.with_suffix(".json").unlink(missing_ok=True)
@@ -146,10 +142,9 @@ def teach(
         The file, and the pairs it belongs to.
     """
     output = Path(output)
-    pairs = open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
+    pairs = source.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
     options = {"pooling": pooling} if kind == "text" else {}
-    path = build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options)
-    return path, pairs
+    return build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options), pairs
 
 
 def load(path: str | Path, pairs: Any) -> np.memmap:
@@ -159,10 +154,9 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
         FileNotFoundError: the array or its JSON is missing.
         ValueError: made from another table than ``pairs``, truncated, of another type, or with NaN or Inf in a row.
     """
-    path, about_path = Path(path), Path(path).with_suffix(".json")
     name, again = f"teacher features {path}", "Run 02_extract_teacher again"
     try:
-        about, features = json.loads(about_path.read_text("utf-8")), open_memmap(path, mode="r")
+        about, features = json.loads(Path(path).with_suffix(".json").read_text("utf-8")), np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: {error.filename} is missing: moved, or never finished. {again}.") from error
     except ValueError as error:
@@ -175,8 +169,7 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
     # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
-    bad = ~np.isfinite(features.sum(axis=1, dtype=np.float64))
-    if bad.any():
+    if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
         raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")
     return features
 
@@ -191,8 +184,7 @@ def _embed(kind, items, model, start=0, *, batch_size=128, progress=True, **opti
         with torch.inference_mode():
             block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
         block = torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
-        bad = ~np.isfinite(block).all(axis=1)
-        if bad.any():
+        if (bad := ~np.isfinite(block).all(axis=1)).any():
             raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
         yield block
 
@@ -215,8 +207,7 @@ def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Cal
     def encode_padded(captions: list[str]) -> torch.Tensor:
         tokens = tower.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
         ids = torch.tensor([t + [0] * (77 - len(t)) for t in tokens], device=tower.device)
-        hidden = tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return hidden.mean(dim=1)
+        return tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(dim=1)
 
     return encode_padded, batch_size
 

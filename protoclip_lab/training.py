@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate import Accelerator, state, tracking
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,16 +23,11 @@ from protoclip_lab.config import TrainConfig
 from protoclip_lab.data.batches import Batches, Reader, augmentation
 from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS
-from protoclip_lab.encoders import Outputs, TwoTowers
 from protoclip_lab.evaluation import suite
-from protoclip_lab.prototypes import STUDENTS, Prototypes, Teacher
 from protoclip_lab.randomness import derive
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
-
-# Pairs in the picture that `draw_every` makes.
-DRAWN = 1000
 
 
 class NonFiniteLoss(RuntimeError):
@@ -75,7 +68,7 @@ def learning_rate(step: int, base: float, start: int, end: int, warmup: int) -> 
     return base * 0.5 * (1 + math.cos(math.pi * (step - start - warmup) / (end - start - warmup)))
 
 
-def parameter_groups(model: TwoTowers, weight_decay: float) -> list[dict]:
+def parameter_groups(model: encoders.TwoTowers, weight_decay: float) -> list[dict]:
     """AdamW groups: image tower and the rest, each with and without weight decay.
 
     Without: fewer than two dimensions, logit scales, projection heads.
@@ -104,7 +97,7 @@ class _Trainer:
             raise ValueError(f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
-        self.records: list[Prototypes] = []
+        self.records: list[prototypes.Prototypes] = []
         self.first = 1
         checkpoint = run.latest
         # A resumed run fetches no pretrained weights: its own replace them.
@@ -115,12 +108,10 @@ class _Trainer:
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
         # The layout convolutions run fastest in, on CPUs and GPUs alike.
         model.to(self.device).clip.visual.to(memory_format=torch.channels_last)
-        groups = parameter_groups(model, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), eps=eps, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, betas=tuple(betas), eps=eps, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
-        preprocess = model.clip.visual.preprocess_cfg
-        crop = augmentation(config.augmentation, preprocess["size"], preprocess["mean"], preprocess["std"])
+        crop = augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         batches = Batches(self.pairs, {"train": crop, "eval": model.eval_transform}, model.tokenizer, config.seed)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
@@ -135,9 +126,9 @@ class _Trainer:
         config, name, trackers = self.config, self.run.path.name, []
         done, total = (self.first - 1) * self.steps, config.episodes * self.steps
         if config.tensorboard:
-            trackers.append(TensorBoardTracker("tensorboard", self.run.path, purge_step=done + 1))
+            trackers.append(tracking.TensorBoardTracker("tensorboard", self.run.path, purge_step=done + 1))
         if config.wandb:
-            trackers.append(WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
+            trackers.append(tracking.WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
         self.accelerator.log_with = trackers
         self.accelerator.init_trackers(name)
         with tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1) as self.bar:
@@ -170,7 +161,8 @@ class _Trainer:
             row |= self._learn(episode, self.records if teaching else [])
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
-                self._evaluate(episode)
+                rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
+                record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **found} for found in rows])
         if config.draw_every and episode % config.draw_every == 0:
             self._draw(episode)
         row |= {f"time/{stage}": spent for stage, spent in self.seconds.items()}
@@ -182,22 +174,19 @@ class _Trainer:
 
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
-        config = self.config
         self.model.eval()
-        stretches = np.split(self.ids, range(config.batch_size, len(self.ids), config.batch_size))
-        batches = self._read(stretches, transform=config.extraction_transform, purpose="extract", episode=episode)
+        stretches = np.split(self.ids, range(self.config.batch_size, len(self.ids), self.config.batch_size))
+        batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
         # Of the four outputs the last two, h_I and h_T.
-        projections = [self.model(*batch)[2:] for batch in batches]
-        image, text = map(torch.cat, zip(*projections, strict=True))
+        image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
         return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
 
     def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
-        kmeans = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts}
-        kmeans |= {"engine": config.kmeans_engine, "seed": derive(config.seed, "prototypes", episode)}
-        options = {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
-        self.records, clusters = prototypes.construct(features, self.teachers, **kmeans, **options)
+        how = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts, "engine": config.kmeans_engine}
+        how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
+        self.records, clusters = prototypes.construct(features, self.teachers, seed=derive(config.seed, "prototypes", episode), **how)
         row: dict[str, Any] = {}
         for name, found in clusters.items():
             sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
@@ -211,8 +200,7 @@ class _Trainer:
                 row[f"clusters/{name}/nmi_to_previous"] = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
         return row
 
-    def _learn(self, episode: int, records: list[Prototypes]) -> dict[str, Any]:
-        stretches = np.split(self.ids[: self.steps * self.width], self.steps)
+    def _learn(self, episode: int, records: list[prototypes.Prototypes]) -> dict[str, Any]:
         self.model.train()
         visual = self.bare.clip.visual
         # Locked means locked: BatchNorm statistics too.
@@ -220,17 +208,15 @@ class _Trainer:
         # First and second moments of z_I and z_T, for the modality gap and the features' spread.
         moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
         losses: dict[str, float] = defaultdict(float)
-        batches = self._read(stretches, transform="train", purpose="learn", episode=episode)
-        for index, (images, tokens) in enumerate(batches):
+        stretches = np.split(self.ids[: self.steps * self.width], self.steps)
+        for index, (images, tokens) in enumerate(self._read(stretches, transform="train", purpose="learn", episode=episode)):
             step = (episode - 1) * self.steps + index
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
             torch.manual_seed(derive(self.config.seed, "step", step))
-            part = slice(index * self.width, (index + 1) * self.width)
-            outputs, parts = self._backward(images, tokens, part, records)
+            outputs, parts = self._backward(images, tokens, slice(index * self.width, (index + 1) * self.width), records)
             # Without grad_clip too: the norm is a metric.
-            parameters = [p for p in self.bare.parameters() if p.grad is not None]
-            norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.grad_clip or math.inf))
+            norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip or math.inf))
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.bare.clamp_scales()
@@ -246,16 +232,14 @@ class _Trainer:
             self.bar.update()
             self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
             if step % self.config.log_every == 0:
-                row = {"kind": "step", "episode": episode, "step": step + 1, **parts, **rates, "grad_norm": norm}
-                scales = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
-                row |= {name: float(scale.detach().exp()) for name, scale in scales.items() if scale is not None}
-                self._record(row)
+                logs = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
+                scales = {name: float(log.detach().exp()) for name, log in logs.items() if log is not None}
+                self._record({"kind": "step", "episode": episode, "step": step + 1, **parts, **rates, "grad_norm": norm, **scales})
         mean, square = moments
         std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
-        gap = float((mean[0] - mean[1]).norm())
-        return losses | {"gap": gap, "image_std": float(std[0]), "text_std": float(std[1])}
+        return losses | {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
 
-    def _differentiate(self, outputs: Outputs, part: slice, records: list[Prototypes]) -> dict[str, Tensor]:
+    def _differentiate(self, outputs: encoders.Outputs, part: slice, records: list[prototypes.Prototypes]) -> dict[str, Tensor]:
         """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
         config, clip = self.config, self.bare.clip
         bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
@@ -276,7 +260,7 @@ class _Trainer:
         self.accelerator.backward(total)
         return {"loss": total.detach(), **parts}
 
-    def _backward(self, images: Tensor, tokens: Tensor, part: slice, records: list[Prototypes]) -> tuple[Outputs, dict]:
+    def _backward(self, images: Tensor, tokens: Tensor, part: slice, records: list) -> tuple[encoders.Outputs, dict]:
         """Gradient of one step, in one pass or in several whose negatives span them all, as open_clip's ``accum_freq``.
 
         With several, the loss is differentiated once with respect to cached features, and each pass is made again to
@@ -294,7 +278,7 @@ class _Trainer:
             # BatchNorm's running statistics move in the second pass alone.
             for buffer, value in zip(self.bare.buffers(), before, strict=True):
                 buffer.copy_(value)
-        leaves = Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
+        leaves = encoders.Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
         parts = self._differentiate(leaves, part, records)
         # Without heads or records some features, or both names of one, take no part in the loss.
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -306,16 +290,16 @@ class _Trainer:
 
     # --- helpers of the loop
 
-    def _teachers(self) -> tuple[list[Teacher], dict[str, np.ndarray]]:
+    def _teachers(self) -> tuple[list[prototypes.Teacher], dict[str, np.ndarray]]:
         config = self.config
         if config.objective != "protoclip":
             return [], {}
         ks, external = config.teacher_ks(), {}
-        internal = [name for name in STUDENTS if name in ks]
-        found = [Teacher(name, ks[name], config.temperature, config.proto_weight / 2) for name in internal]
+        own = {"temperature": config.temperature, "weight": config.proto_weight / 2}
+        found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
         for name, teacher in zip(config.teacher_names(), config.teachers, strict=True):
             external[name] = teachers.load(teacher.features, self.pairs)
-            found.append(Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
+            found.append(prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
         too_many = max((k for teacher in found for k in teacher.ks), default=0)
         if too_many > self.episodes.size:
             raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
@@ -346,8 +330,7 @@ class _Trainer:
     def _record(self, row: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", row)
         prefix = "episode/" if row["kind"] == "episode" else ""
-        values = {prefix + key: value for key, value in row.items() if key not in ("kind", "step")}
-        self.accelerator.log(values, step=row["step"])
+        self.accelerator.log({prefix + key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
@@ -366,13 +349,9 @@ class _Trainer:
             todo = "A lower lr, a longer warm-up or precision fp32 usually helps."
             raise NonFiniteLoss(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}. {todo}")
 
-    def _evaluate(self, episode: int) -> None:
-        options = {"records": self.records, "seed": self.config.seed, "folder": self.run.path}
-        rows = suite.evaluate(self.bare, self.sets, **options)
-        record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **row} for row in rows])
-
     def _draw(self, episode: int) -> None:
-        rows = np.arange(min(DRAWN, len(self.pairs)))
+        # A thousand pairs show where the modalities lie.
+        rows = np.arange(min(1000, len(self.pairs)))
         features = encoders.encode_pairs(self.bare, self.pairs, rows)
         seen = Snapshot(self.run, self.run.path, self.pairs, rows, features, self.config.seed, "pca", ())
         keep(seen.joint_map(), self.run.path, f"joint_episode_{episode:04d}")
@@ -383,9 +362,8 @@ class _Trainer:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
         slots = {name: self.optimizer.state.get(value, {}) for name, value in self.bare.named_parameters()}
-        state = {f"{name}/{key}": value for name, slot in slots.items() for key, value in slot.items()}
-        state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-        save_file(state, str(folder / "optimizer.safetensors"))
+        tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
+        save_file(tensors, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         write_json(folder / "trainer.json", {"episode": episode, "step": episode * self.steps, "scaler": scaler})
 
@@ -394,10 +372,9 @@ class _Trainer:
         self.first = about["episode"] + 1
         self.records = prototypes.load(checkpoint, self.device)
         encoders.restore(self.bare, checkpoint)
-        parameters = dict(self.bare.named_parameters())
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             name, slot = key.rsplit("/", 1)
-            parameter = parameters[name]
+            parameter = self.bare.get_parameter(name)
             # Laid out as the parameter, in an allocation of its own: fused AdamW walks both side by side.
             like = value.to(self.device) if slot == "step" else parameter
             self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(value)
@@ -407,11 +384,11 @@ class _Trainer:
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=config.device == "cpu")
     found = accelerator.device.type
     if config.device not in ("auto", found):
         raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {found!r}")
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
+    if config.precision == "fp16" and found == "cpu":
         raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
     return accelerator

@@ -26,6 +26,7 @@ class Table:
         self.captions, self.fingerprint, self.source = captions, fingerprint, source
         self.image_ids, self.images = np.asarray(image_ids if image_ids is not None else range(len(captions))), images
         self.read, self.folder = [], Path("pairs")
+        self.root = Path(__file__)  # a file, as where images lie in a tar
 
     def __len__(self):
         return len(self.captions)

@@ -22,8 +22,7 @@ def augmentation(name: str, size: int | Sequence[int], mean: Sequence[float], st
     """
     if name not in ("plain", "light"):
         raise ValueError(f"augmentation {name!r} is neither 'plain' nor 'light'")
-    scale = (0.9, 1.0) if name == "plain" else (0.5, 1.0)
-    random = [v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)]
+    random = [v2.RandomResizedCrop(size, (0.9 if name == "plain" else 0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC)]
     if name == "light":
         random += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2)]
         random += [v2.RandomGrayscale(p=0.2), v2.RandomApply([v2.GaussianBlur(21)], p=0.2)]
@@ -65,10 +64,9 @@ class Reader:
 
     def __init__(self, batches: Batches, *, workers: int, pin_memory: bool = False) -> None:
         self._plan: list[tuple[str, str, int, np.ndarray]] = []
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
-        # Or the loader would draw its workers' base seed from the global generator.
-        options["generator"] = torch_generator(batches.seed, "workers")
-        self._loader = DataLoader(batches, batch_size=None, sampler=self._plan, **options)
+        options = {"sampler": self._plan, "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+        # With a generator, or the loader would draw its workers' base seed from the global one.
+        self._loader = DataLoader(batches, batch_size=None, generator=torch_generator(batches.seed, "workers"), **options)
 
     def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[list[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""

@@ -25,8 +25,7 @@ class Episodes:
     def __init__(self, rows: int, size: int | None, seed: int) -> None:
         size = rows if size is None else size
         if not 1 <= size <= rows:
-            fits = f"choose at most {rows}, or None for the whole table"
-            raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: {fits}")
+            raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: take at most {rows}, or None for all")
         self.rows = rows
         self.size = size
         self.seed = seed
@@ -34,8 +33,7 @@ class Episodes:
 
     def ids(self, episode: int) -> np.ndarray:
         """Row numbers of the episode's pairs, (size,) int64, in the order they are learnt."""
-        first = (episode - 1) * self.size
-        this_pass, offset = divmod(first, self.rows)
+        this_pass, offset = divmod((episode - 1) * self.size, self.rows)
         head = self._pass(this_pass)[offset : offset + self.size]
         if len(head) == self.size:
             return head
@@ -55,6 +53,4 @@ class Episodes:
 def _move_behind(order: np.ndarray, held: np.ndarray, wanted: int) -> np.ndarray:
     """Stable reorder in which the first ``wanted`` entries are none of ``held``."""
     free = np.flatnonzero(~np.isin(order, held))[:wanted]
-    rest = np.ones(len(order), dtype=bool)
-    rest[free] = False
-    return np.concatenate([order[free], order[rest]])
+    return np.concatenate([order[free], np.delete(order, free)])

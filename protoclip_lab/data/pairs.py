@@ -62,8 +62,7 @@ class Pairs(Sequence):
     def column(self, name: str) -> list:
         """All values of a column."""
         if name not in self._table.column_names:
-            near = nearest_name(name, self._table.column_names)
-            raise KeyError(f"{self.source} has no column {name!r}; the nearest is {near!r}")
+            raise KeyError(f"{self.source} has no column {name!r}; the nearest is {nearest_name(name, self._table.column_names)!r}")
         return self._table[name].to_pylist()
 
     @property
@@ -81,8 +80,7 @@ class Pairs(Sequence):
 
     def image(self, index: int) -> Image.Image:
         """The image of one row, RGB."""
-        names = ("filepath", "_row", "_offset", "_size")
-        filepath, row, *place = (self._table[name][int(index)].as_py() for name in names)
+        filepath, row, *place = (self._table[name][int(index)].as_py() for name in ("filepath", "_row", "_offset", "_size"))
         try:
             return read_image(self.root, filepath, place)
         except Exception as error:  # a decoder may raise anything on a broken file
@@ -131,7 +129,7 @@ def read_table(path: Path) -> tuple[pa.Table, list[dict]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         table = parquet.read_table(path)
-        columns = {name: table.column(name).cast(pa.string()) for name in table.column_names}
+        columns = {name: table[name].cast(pa.string()) for name in table.column_names}
         return pa.table({**columns, "_row": np.arange(1, table.num_rows + 1)}), []
     if suffix not in (".tsv", ".csv", ".txt"):
         raise ValueError(f"{path} is not a table: expected .tsv, .csv or .parquet, or a folder of 01_prepare_data")
@@ -143,10 +141,8 @@ def read_table(path: Path) -> tuple[pa.Table, list[dict]]:
     good = [row for row in rows if len(row) == len(header)]
     odd = [row for row in rows if len(row) != len(header)]
     columns = {name: [row[index] for row in good] for index, name in enumerate(header)}
-    types = dict.fromkeys(header, pa.string()) | {"_row": pa.int64()}
-    wrong = f"fields, {len(header) - 1} expected"
-    bad = [{"row": row[-1], "filepath": "", "reason": f"{len(row) - 1} {wrong}"} for row in odd]
-    return pa.table(columns, schema=pa.schema(types)), bad
+    bad = [{"row": row[-1], "filepath": "", "reason": f"{len(row) - 1} fields, {len(header) - 1} expected"} for row in odd]
+    return pa.table(columns, schema=pa.schema(dict.fromkeys(header, pa.string()) | {"_row": pa.int64()})), bad
 
 
 def prepare(
@@ -184,8 +180,7 @@ def prepare(
         made = Pairs(table)
         for name, asked in (("where", where), ("dataset_size", dataset_size)):
             if asked and asked != made.about[name]:
-                has = f"{name} = {made.about[name]}, not {asked}"
-                raise ValueError(f"{table} is prepared already, with {has}: name the table it was made from")
+                raise ValueError(f"{table} is prepared already, {name} = {made.about[name]}, not {asked}: name the table it came from")
         return made
     if not table.is_file():
         raise FileNotFoundError(f"{table.absolute()} is neither a table nor a folder that 01_prepare_data has finished")

@@ -42,7 +42,6 @@ def _outlines():
     """Names and outlines: complex numbers (x right, y down), the box around each centred, the farthest point at 1."""
     t = 2 * np.pi * np.arange(72) / 72
     turn = np.exp(1j * t)
-    arm = np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j])
     # The crescent is the unit disc less a disc of radius 0.8 at 0.5: their rims meet at these angles.
     rim = np.linspace(0.29, 1.71, 48) * np.pi
     bite = np.linspace(1.54, 0.46, 48) * np.pi
@@ -52,7 +51,7 @@ def _outlines():
         "triangle": np.exp(2j * np.pi * (np.arange(3) / 3 - 0.25)),
         "star": np.tile([1, 0.42], 5) * np.exp(2j * np.pi * (np.arange(10) / 10 - 0.25)),
         "heart": 16 * np.sin(t) ** 3 - 1j * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)),
-        "cross": np.concatenate([arm * 1j**quarter for quarter in range(4)]),
+        "cross": np.concatenate([np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j]) * 1j**quarter for quarter in range(4)]),
         "ring": np.concatenate([turn, turn[:1], 0.58 * turn[:1], 0.58 * turn[::-1]]),
         "crescent": np.concatenate([np.exp(1j * rim), 0.5 + 0.8 * np.exp(1j * bite)]),
     }
@@ -111,8 +110,7 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
     title = re.sub(r"\ba (?=[aeiou])", "an ", TEMPLATES[rng.integers(len(TEMPLATES))].format(**words))
 
     radius = _RADII[row["size"]] * (1 + _SIZE_CHANGE * difficulty * rng.uniform(-1, 1))
-    towards = np.array(_PLACES[row["position"]])
-    towards = towards * rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else towards
+    towards = np.array(_PLACES[row["position"]]) * (rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else 1)
     # At the edge a small shape touches the frame, a large one is cut a little: both stay in sight of a random crop.
     x, y = 0.5 + towards * (0.45 - 0.7 * radius) + 0.05 * difficulty * rng.uniform(-1, 1, 2)
     # In radians; twice this is 29 degrees, not yet a diamond for a square.

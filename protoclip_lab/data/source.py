@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from protoclip_lab.data import shapes
-from protoclip_lab.data.pairs import Pairs, prepare
+from protoclip_lab.data import pairs, shapes
 
 
 def open_pairs(
     output: str | Path, table: str = "shapes", *, size: int = 6000, image_size: int = 64, seed: int = 0, **options: Any
-) -> Pairs:
+) -> pairs.Pairs:
     """The pairs of a table, prepared in ``output/pairs`` unless they are already.
 
     Args:
@@ -19,8 +18,7 @@ def open_pairs(
         size, image_size, seed: of that world.
         options: the other arguments of ``prepare``.
     """
-    output = Path(output)
     if table == "shapes":
-        table = shapes.write(output, size, seed=seed, image_size=image_size)
+        table = shapes.write(Path(output), size, seed=seed, image_size=image_size)
         options |= {"image_root": table.with_name("images.tar"), "where": options.get("where") or {"split": "train"}}
-    return prepare(table, output / "pairs", **options)
+    return pairs.prepare(table, Path(output) / "pairs", **options)

@@ -95,11 +95,13 @@ def _by_chance(table: np.ndarray) -> float:
     return expected_mutual_information(csr_array(table), int(table.sum()))
 
 
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts / counts.sum()
+    return -(shares * np.log(shares)).sum()
+
+
 def _scores(table: np.ndarray, expected: float | None = None) -> dict[str, float]:
     """Agreement from a contingency table (classes, clusters), as scikit-learn has it from labels."""
-    from scipy.stats import entropy
-    from sklearn.metrics.cluster import mutual_info_score
-
     # A resample may lack a class or a cluster.
     table = table[table.any(axis=1)][:, table.any(axis=0)]
     total, rows, columns = table.sum(), table.sum(axis=1), table.sum(axis=0)
@@ -109,7 +111,8 @@ def _scores(table: np.ndarray, expected: float | None = None) -> dict[str, float
         return {"ARI": 1.0, "AMI": 1.0, "NMI": 1.0, "purity": purity}
     pairs, row_pairs, column_pairs = (np.sum(x * (x - 1)) / 2 for x in (table, rows, columns))
     by_chance = row_pairs * column_pairs / (total * (total - 1) / 2)
-    mutual, uncertainty = mutual_info_score(None, None, contingency=table), (entropy(rows) + entropy(columns)) / 2
+    apart, together = _entropy(rows) + _entropy(columns), _entropy(table[table > 0])
+    mutual, uncertainty = max(0.0, apart - together), apart / 2
     expected = _by_chance(table) if expected is None else expected
     spare = uncertainty - expected
     return {

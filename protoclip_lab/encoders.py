@@ -170,7 +170,10 @@ def load(path: str | Path) -> TwoTowers:
         try:
             return _load_authors(folder)
         except Exception as error:  # the file may hold anything
-            raise ValueError(f"{folder} is no checkpoint of the ProtoCLIP authors' code with CLIP's own towers: {error!r}") from error
+            # Without torch's advice to unpickle it all the same.
+            why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()).partition(". ")[0][:300]
+            what = f"no checkpoint of the ProtoCLIP authors' code with CLIP's own towers: {type(error).__name__}: {why}"
+            raise ValueError(f"{folder} is {what}") from error
     if not (folder / "open_clip_config.json").exists():
         raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no open_clip_config.json")
     cfg = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]

@@ -376,8 +376,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Evaluation rows of one checkpoint to read: measures by data sets, "value [low, high]"."""
 
     def text(row: Any) -> str:
-        interval = "" if pd.isna(row.low) else f" [{row.low:.4g}, {row.high:.4g}]"
-        return f"{row.value:.4g}{interval}"
+        value, low, high = (f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}" for x in (row.value, row.low, row.high))
+        return value if pd.isna(row.low) else f"{value} [{low}, {high}]"
 
     texts = rows.assign(value=[text(row) for row in rows.itertuples()])
     return texts.pivot_table(index="measure", columns="dataset", values="value", aggfunc="first", sort=False).fillna("")

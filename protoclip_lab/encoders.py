@@ -171,7 +171,7 @@ def load(path: str | Path) -> TwoTowers:
             return _load_authors(folder)
         except Exception as error:  # the file may hold anything
             # Without torch's advice to unpickle it all the same.
-            why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()).partition(". ")[0][:300]
+            why = " ".join(line for line in str(error).splitlines() if line and "weights_only" not in line)[:300]
             what = f"no checkpoint of the ProtoCLIP authors' code with CLIP's own towers: {type(error).__name__}: {why}"
             raise ValueError(f"{folder} is {what}") from error
     if not (folder / "open_clip_config.json").exists():

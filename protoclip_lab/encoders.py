@@ -224,10 +224,12 @@ def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size
 @torch.no_grad()
 def _encode(model: TwoTowers, batches: Iterable[tuple[Tensor | None, Tensor | None]]) -> Outputs:
     training, device = model.training, next(model.parameters()).device
+    # A model in training may carry accelerate's autocast: what it is measured by must not depend on that.
+    forward = getattr(model, "_original_forward", model)
     model.eval()
     try:
         asked = ([part if part is None else part.to(device) for part in batch] for batch in batches)
-        found = [[part if part is None else part.cpu() for part in model(*batch)] for batch in asked]
+        found = [[part if part is None else part.cpu() for part in forward(*batch)] for batch in asked]
     finally:
         model.train(training)
     if not found:

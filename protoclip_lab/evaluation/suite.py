@@ -296,6 +296,7 @@ def evaluate_checkpoint(
     datasets: Sequence[str] = (),
     data_root: str | Path = "",
     sets: Sequence[dict[str, Any]] = (),
+    scaling: str = "standardise",
     **options: Any,
 ) -> pd.DataFrame:
     """Evaluate a checkpoint and keep the rows in its run's ``evaluation.jsonl``, all of them as ``evaluation.csv``.
@@ -309,6 +310,7 @@ def evaluate_checkpoint(
         data_root: the folder that holds them.
         sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
             :func:`default_sets` are taken.
+        scaling: "standardise" | "l2", of features for the linear probe on the sets of ``datasets``.
         options: measures, batch_size, workers, seed, draws of :func:`evaluate`.
 
     Returns:
@@ -320,7 +322,7 @@ def evaluate_checkpoint(
     run, source = _located(checkpoint)
     if not (run or output):
         raise ValueError(f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
-    chosen = _chosen(run, datasets, data_root, sets, options.get("measures", ()))
+    chosen = _chosen(run, datasets, data_root, sets, scaling, **options)
     home = run.path if run else Path(output)
     model = encoders.load(source).to(encoders.best_device())
     rows = evaluate(model, chosen, records=prototypes.load(source) if run else [], folder=home, **options)
@@ -348,7 +350,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         All evaluations of the run: at the start, and whenever there are new ones.
     """
     run, damaged = Run(run), set()
-    _chosen(run, *(options.get(name, ()) for name in ("datasets", "data_root", "sets", "measures")))
+    _chosen(run, **options)
     marks = run.path / "watched"
     marks.mkdir(exist_ok=True)
     yield run.evaluations()
@@ -394,12 +396,12 @@ def _located(checkpoint: str | Path) -> tuple[Run | None, Path | str]:
     return None, checkpoint
 
 
-def _chosen(run: Run | None, datasets: Any, data_root: Any, sets: Any, measures: Any) -> list[EvaluationSet]:
+def _chosen(run: Run | None, datasets=(), data_root="", sets=(), scaling="standardise", measures=(), **rest) -> list[EvaluationSet]:
     _check(measures, possible())
     if datasets and not data_root:
         raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
     names = datasets or (downstream.KNOWN if data_root else ())
-    given = [*({"name": name, "root": str(data_root)} for name in names), *sets]
+    given = [*({"name": name, "root": str(data_root), "scaling": scaling} for name in names), *sets]
     if not (given or run):
         raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
     return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

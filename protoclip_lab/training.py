@@ -131,6 +131,9 @@ class _Trainer:
             trackers.append(tracking.WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
         self.accelerator.log_with = trackers
         self.accelerator.init_trackers(name)
+        if config.tensorboard:
+            # Written when TensorBoard sees fit: accelerate would at every step, which costs a twentieth of the time.
+            self.accelerator.get_tracker("tensorboard", unwrap=True).flush = lambda: None
         with tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1) as self.bar:
             try:
                 for episode in range(self.first, config.episodes + 1):

@@ -134,7 +134,9 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     """
     rows = []
     for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
-        then = replace(snapshot, checkpoint=checkpoint, features=_encode(checkpoint, snapshot.pairs, snapshot.rows))
+        then = snapshot
+        if checkpoint != snapshot.checkpoint:
+            then = replace(snapshot, checkpoint=checkpoint, features=_encode(checkpoint, snapshot.pairs, snapshot.rows))
         groups = then.prototypes("image")[0]
         row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
         row["AMI of image and text groups"] = evaluation.agreement(groups, then.prototypes("text")[0])["AMI"]

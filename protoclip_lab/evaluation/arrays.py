@@ -1,7 +1,7 @@
 """What the measures share: checked features and labels, accuracy, values with an interval."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Estimate(float):
         estimate = super().__new__(cls, value)
         estimate.low, estimate.high = float(low), float(high)
         return estimate
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of values, and of both ends of their intervals."""
+    return Estimate(*np.mean([[value, value.low, value.high] for value in estimates], axis=0))
 
 
 def estimate(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip_lab.clustering import kmeans
-from protoclip_lab.evaluation.arrays import Estimate, as_features, as_labels, class_sums, estimate
+from protoclip_lab.evaluation.arrays import Estimate, as_features, as_labels, class_sums, estimate, mean
 from protoclip_lab.randomness import numpy_generator
 
 # Silhouettes need every distance: more items than this are sampled.
@@ -43,10 +43,10 @@ def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0,
         runs.append(agreement(clusters.labels, labels, draws=draws, seed=seed))
     found = {}
     for name in runs[0]:
-        values = np.array([[run[name], run[name].low, run[name].high] for run in runs])
-        found[name] = Estimate(*values.mean(axis=0))
+        values = [run[name] for run in runs]
+        found[name] = mean(values)
         if seeds > 1:
-            found[f"{name}_sd"] = Estimate(values[:, 0].std(ddof=1))
+            found[f"{name}_sd"] = Estimate(np.std(values, ddof=1))
     return found
 
 

@@ -198,7 +198,7 @@ class _Opened:
             found = gap.gap_sweep(image, text, rank)
         parts = [self._of_classes(measure, test, features, records, options) for test in self.tests]
         for name in parts[0] if parts else ():
-            found[name] = arrays.Estimate(*np.mean([[part[name], part[name].low, part[name].high] for part in parts], axis=0))
+            found[name] = arrays.mean([part[name] for part in parts])
         return found
 
     def _of_classes(self, measure: str, test: downstream.Labelled, features: _Features, records: Sequence, options: dict) -> dict:
@@ -356,11 +356,12 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     yield run.evaluations()
     while True:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
+        kept = set(run.evaluations()["checkpoint"])
         for checkpoint in run.checkpoints():
             look = json.dumps([checkpoint.name, (checkpoint / CHECKSUMS).read_text(), options], default=str)
             mark = marks / hashlib.sha256(look.encode()).hexdigest()[:16]
             state = checkpoint, checkpoint.stat().st_mtime_ns
-            if state in damaged or (mark.exists() and (run.evaluations()["checkpoint"] == checkpoint.name).any()):
+            if state in damaged or (mark.exists() and checkpoint.name in kept):
                 continue
             if found := damaged_files(checkpoint):
                 log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(found))

@@ -3,10 +3,13 @@
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +37,30 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
 
 
-def train(config: TrainConfig | Mapping[str, Any]) -> Run:
+class Interrupted(KeyboardInterrupt):
+    """The training was asked to stop and has left a checkpoint."""
+
+
+def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run], Any] | None = None) -> Run:
     """Train as the config says and return the run.
 
     A run that is there and unfinished is resumed from its last good checkpoint, to the same result (bit for bit
     on a CPU at the same thread count); one that is finished is returned as it is.
 
+    Args:
+        after_row: called with the run after each row of its metrics, to show how it goes.
+
     Raises:
         ValueError: the run folder holds a run with other settings, or data, teachers and settings do not fit.
         NonFiniteLoss: names the step, the episode and the last good checkpoint.
+        Interrupted: on SIGINT (Ctrl-C, a kernel's interrupt), once the step in progress is done and a checkpoint
+            holds what was learnt; a second one stops at once, without.
     """
     config = TrainConfig.model_validate(config)
     run = Run.create(config)
     if not run.finished:
         with run.locked():
-            _Trainer(config, run).fit()
+            _Trainer(config, run, after_row).fit()
     return run
 
 
@@ -82,9 +94,8 @@ def parameter_groups(model: encoders.TwoTowers, weight_decay: float) -> list[dic
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, run: Run) -> None:
-        self.config = config
-        self.run = run
+    def __init__(self, config: TrainConfig, run: Run, after_row: Callable[[Run], Any] | None) -> None:
+        self.config, self.run, self.after_row = config, run, after_row
         if config.threads:
             torch.set_num_threads(config.threads)
         self.accelerator = _accelerator(config)
@@ -98,8 +109,7 @@ class _Trainer:
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[prototypes.Prototypes] = []
-        self.first = 1
-        checkpoint = run.latest
+        self.step, checkpoint = 0, run.latest  # steps done in all
         # A resumed run fetches no pretrained weights: its own replace them.
         fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
         self.bare = model = encoders.create(config.model_copy(update=fresh))
@@ -116,17 +126,18 @@ class _Trainer:
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
+        self._begin()
         if checkpoint is not None:
             self._restore(checkpoint)
-        run.truncate(self.first - 1)
+        run.truncate(self.step, checkpoint.name if checkpoint else "")
 
     # --- the loop
 
     def fit(self) -> None:
         config, name, trackers = self.config, self.run.path.name, []
-        done, total = (self.first - 1) * self.steps, config.episodes * self.steps
+        total = config.episodes * self.steps
         if config.tensorboard:
-            trackers.append(tracking.TensorBoardTracker("tensorboard", self.run.path, purge_step=done + 1))
+            trackers.append(tracking.TensorBoardTracker("tensorboard", self.run.path, purge_step=self.step + 1))
         if config.wandb:
             trackers.append(tracking.WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
         self.accelerator.log_with = trackers
@@ -134,46 +145,65 @@ class _Trainer:
         if config.tensorboard:
             # Written when TensorBoard sees fit: accelerate would at every step, which costs a twentieth of the time.
             self.accelerator.get_tracker("tensorboard", unwrap=True).flush = lambda: None
-        with tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1) as self.bar:
+        bar = tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=1)
+        with bar as self.bar, _interrupts() as self.interrupted:
             try:
-                for episode in range(self.first, config.episodes + 1):
-                    self._episode(episode)
+                while self.step < total:
+                    self._episode(self.step // self.steps + 1)
+            except Interrupted:
+                name = checkpoint_name(*divmod(self.step, self.steps))
+                if self.step and not (self.run.path / "checkpoints" / name).exists():
+                    self.run.save(name, self._write)
+                bar.write(f"Stopped after step {self.step} of {total}, nothing is lost: the same call goes on from there.")
+                raise
             finally:
                 self.accelerator.end_training()
         write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
 
+    def _begin(self) -> None:
+        """What an episode adds up, while none of its steps is done."""
+        self.row: dict[str, Any] = {}
+        self.losses: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
+        # First and second moments of z_I and z_T, for the modality gap and the features' spread.
+        self.moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
+
     def _episode(self, episode: int) -> None:
         config = self.config
         self.ids = self.episodes.ids(episode)
-        row: dict[str, Any] = {"kind": "episode", "episode": episode, "step": episode * self.steps}
-        self.seconds: dict[str, float] = defaultdict(float)
         lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
         if lit:
             self.bare.clip.visual.requires_grad_(False)
         teaching = config.objective == "protoclip" and episode > config.infonce_warmup_episodes and not lit
-        if teaching and self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every:
-            self.records = prototypes.carry(self.records)
+        carried = bool(self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every)
+        if teaching and (carried or self.step % self.steps):
+            # Those of an earlier episode; or of this one, which was interrupted.
+            self.records = [replace(record, carried=carried) for record in self.records]
         elif teaching:
             self.bar.set_postfix_str(f"episode {episode}: extracting")
             with self._timed("extract"):
                 features = self._extract(episode)
             self.bar.set_postfix_str(f"episode {episode}: clustering")
             with self._timed("cluster"):
-                row |= self._construct(episode, features)
+                self._construct(episode, features)
         with self._timed("learn"):
-            row |= self._learn(episode, self.records if teaching else [])
+            self._learn(episode, self.records if teaching else [])
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
                 record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **found} for found in rows])
         if config.draw_every and episode % config.draw_every == 0:
             self._draw(episode)
-        row |= {f"time/{stage}": spent for stage, spent in self.seconds.items()}
-        row["time/images_per_second"] = self.steps * self.width / self.seconds["learn"]
-        row["time/share_waiting"] = self.seconds["wait"] / (self.seconds["learn"] + self.seconds.get("extract", 0))
-        self._record(row)
+        mean, square = self.moments
+        std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
+        spread = {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
+        times = {f"time/{stage}": spent for stage, spent in self.seconds.items()}
+        times["time/images_per_second"] = self.steps * self.width / self.seconds["learn"]
+        times["time/share_waiting"] = self.seconds["wait"] / (self.seconds["learn"] + self.seconds.get("extract", 0))
+        self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **self.losses, **spread, **times})
+        self._begin()
         if episode % config.save_every == 0 or episode == config.episodes:
-            self.run.save(episode, lambda folder: self._write(episode, folder))
+            self.run.save(checkpoint_name(episode), self._write)
 
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
@@ -184,63 +214,56 @@ class _Trainer:
         image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
         return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
 
-    def _construct(self, episode: int, features: dict[str, Tensor]) -> dict[str, Any]:
+    def _construct(self, episode: int, features: dict[str, Tensor]) -> None:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
         how = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts, "engine": config.kmeans_engine}
         how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
         self.records, clusters = prototypes.construct(features, self.teachers, seed=derive(config.seed, "prototypes", episode), **how)
-        row: dict[str, Any] = {}
         for name, found in clusters.items():
             sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
             sizes |= {"empty": (found.sizes == 0).sum(), "objective": found.objective}
-            row |= {f"clusters/{name}/{key}": float(value) for key, value in sizes.items()}
+            self.row |= {f"clusters/{name}/{key}": float(value) for key, value in sizes.items()}
             if (old := before.get(name)) is not None:
                 from sklearn.metrics import normalized_mutual_info_score
 
                 # The last clustering is asked about this episode's samples, so that both speak of the same.
                 then = clustering.nearest(features[old.teacher], old.teacher_centroids)
-                row[f"clusters/{name}/nmi_to_previous"] = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
-        return row
+                self.row[f"clusters/{name}/nmi_to_previous"] = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
 
-    def _learn(self, episode: int, records: list[prototypes.Prototypes]) -> dict[str, Any]:
+    def _learn(self, episode: int, records: list[prototypes.Prototypes]) -> None:
         self.model.train()
         visual = self.bare.clip.visual
         # Locked means locked: BatchNorm statistics too.
         visual.train(any(p.requires_grad for p in visual.parameters()))
-        # First and second moments of z_I and z_T, for the modality gap and the features' spread.
-        moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
-        losses: dict[str, float] = defaultdict(float)
-        stretches = np.split(self.ids[: self.steps * self.width], self.steps)
-        for index, (images, tokens) in enumerate(self._read(stretches, transform="train", purpose="learn", episode=episode)):
-            step = (episode - 1) * self.steps + index
+        stretches = np.split(self.ids[: self.steps * self.width], self.steps)[self.step % self.steps :]
+        for images, tokens in self._read(stretches, transform="train", purpose="learn", episode=episode):
+            step, start = self.step, self.step % self.steps * self.width
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
             torch.manual_seed(derive(self.config.seed, "step", step))
-            outputs, parts = self._backward(images, tokens, slice(index * self.width, (index + 1) * self.width), records)
+            outputs, parts = self._backward(images, tokens, slice(start, start + self.width), records)
             # Without grad_clip too: the norm is a metric.
             norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip or math.inf))
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.bare.clamp_scales()
             z = torch.stack([outputs.image, outputs.text]).detach()
-            moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
+            self.moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
             self._check("loss", parts["loss"], step)
             if self.accelerator.scaler is None:
                 # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
                 self._check("gradient norm", norm, step)
             for name, value in parts.items():
-                losses[name] += value / self.steps
+                self.losses[name] += value / self.steps
+            self.step += 1
             self.bar.update()
             self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
             if step % self.config.log_every == 0:
                 logs = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
                 scales = {name: float(log.detach().exp()) for name, log in logs.items() if log is not None}
                 self._record({"kind": "step", "episode": episode, "step": step + 1, **parts, **rates, "grad_norm": norm, **scales})
-        mean, square = moments
-        std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
-        return losses | {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
 
     def _differentiate(self, outputs: encoders.Outputs, part: slice, records: list[prototypes.Prototypes]) -> dict[str, Tensor]:
         """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
@@ -312,15 +335,20 @@ class _Trainer:
     def _timed(self, stage: str) -> Iterator[None]:
         """Count the seconds of a stage; on a GPU it ends when its work has."""
         begin = time.perf_counter()
-        yield
-        if self.device.type == "cuda" and stage != "wait":
-            torch.cuda.synchronize()
-        self.seconds[stage] += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda" and stage != "wait":
+                torch.cuda.synchronize()
+            self.seconds[stage] += time.perf_counter() - begin
 
     def _read(self, rows: list[np.ndarray], **plan: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and tokens of these rows on the device, the time spent waiting for them counted."""
         reading = self.reader.read(rows, **plan)
         for _ in rows:
+            # Not between clustering and the first step: the checkpoint would hold half of what the episode starts from.
+            if self.interrupted.is_set() and (self.step % self.steps or plan["purpose"] == "extract"):
+                raise Interrupted(signal.SIGINT.value)
             with self._timed("wait"):
                 batch = next(reading)
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
@@ -334,6 +362,8 @@ class _Trainer:
         self.run.append("metrics.jsonl", row)
         prefix = "episode/" if row["kind"] == "episode" else ""
         self.accelerator.log({prefix + key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
+        if self.after_row:
+            self.after_row(self.run)
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
@@ -361,18 +391,22 @@ class _Trainer:
 
     # --- state
 
-    def _write(self, episode: int, folder: Path) -> None:
+    def _write(self, folder: Path) -> None:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
         slots = {name: self.optimizer.state.get(value, {}) for name, value in self.bare.named_parameters()}
         tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
         save_file(tensors, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        write_json(folder / "trainer.json", {"episode": episode, "step": episode * self.steps, "scaler": scaler})
+        begun = {"row": self.row, "losses": self.losses, "seconds": self.seconds, "moments": self.moments.tolist()}
+        write_json(folder / "trainer.json", {"step": self.step, "scaler": scaler, **begun})
 
     def _restore(self, checkpoint: Path) -> None:
         about = json.loads((checkpoint / "trainer.json").read_text())
-        self.first = about["episode"] + 1
+        self.step, self.row = about["step"], about["row"]
+        self.losses.update(about["losses"])
+        self.seconds.update(about["seconds"])
+        self.moments.copy_(torch.tensor(about["moments"]))
         self.records = prototypes.load(checkpoint, self.device)
         encoders.restore(self.bare, checkpoint)
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
@@ -383,6 +417,26 @@ class _Trainer:
             self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(value)
         if about["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first SIGINT sets; the second is a KeyboardInterrupt. Other threads than the main one get none."""
+    asked = threading.Event()
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt(signum)
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

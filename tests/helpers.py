@@ -1,5 +1,7 @@
 """Small data and settings that several tests train on, and a checkpoint in the authors' format."""
 
+import multiprocessing
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,9 @@ def toy_settings(table: Path, run: Path, **changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def train_and_die(settings: dict[str, Any], where: str, call: int) -> None:
-    """Train in this process and SIGKILL it at the ``call``-th time that ``where`` is reached."""
+def train_and_die(settings: dict[str, Any], where: str, call: int, blow: int = signal.SIGKILL) -> None:
+    """Train in this process; it and its workers get the signal at the ``call``-th time that ``where`` is reached."""
     import os
-    import signal
     from unittest import mock
 
     from protoclip_lab import clustering, encoders, runs, training
@@ -64,7 +65,9 @@ def train_and_die(settings: dict[str, Any], where: str, call: int) -> None:
 
     def fatal(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), blow)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, blow)
         return real(*args, **kwargs)
 
     with mock.patch.object(owner, name, fatal):

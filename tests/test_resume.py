@@ -87,6 +87,39 @@ def test_killed_twice_is_bit_identical(table, settings, unbroken, tmp_path):
     assert_same(Run(tmp_path / "run"), unbroken)
 
 
+@pytest.mark.parametrize(
+    "where, call, left, workers",
+    [
+        ("extraction", 3 + 2, "episode_0001", 0),  # before a batch of the first extraction: the episode before is all there is
+        ("clustering", 3, "episode_0001_step_000001", 1),  # clustering and the first step of the episode end first
+        ("learning", 5, "episode_0001_step_000002", 1),
+        ("learning", 9, "episode_0003", 0),  # the last step of an episode of carried prototypes: the next one's extraction
+        ("learning", 8, "episode_0002_step_000002", 1),  # in an episode of carried prototypes
+    ],
+)
+def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, workers, table, settings, unbroken, tmp_path):
+    config = toy_settings(table, tmp_path / "run", **settings, workers=workers)
+    assert in_process(train_and_die, config, where, call, signal.SIGINT) == 1
+    run = Run(tmp_path / "run")
+    assert run.checkpoints()[-1].name == left
+    assert not damaged_files(run.checkpoints()[-1])
+    assert not run.finished
+    steps = run.metrics(kind="step")["step"]
+    episode, _, step = left.removeprefix("episode_").partition("_step_")
+    assert steps.max() == 3 * int(episode) + int(step or 0)
+    assert in_process(run_training, config) == 0
+    # The checkpoint of the interruption is gone: a later one is there.
+    assert_same(run, unbroken)
+
+
+def test_killed_after_an_interruption_is_bit_identical(table, settings, unbroken, tmp_path):
+    config = toy_settings(table, tmp_path / "run", **settings)
+    assert in_process(train_and_die, config, "learning", 5, signal.SIGINT) == 1
+    assert in_process(train_and_die, config, "logging", 2) == -signal.SIGKILL
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(table, settings, unbroken, tmp_path, caplog):
     config = toy_settings(table, tmp_path / "run", **settings)
     assert in_process(train_and_die, config, "learning", 11) == -signal.SIGKILL

@@ -1,5 +1,6 @@
 """Batches of pairs: the method's two augmentations, and crops that depend on nothing but what they are for."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -65,10 +66,16 @@ class Reader:
     def __init__(self, batches: Batches, *, workers: int, pin_memory: bool = False) -> None:
         self._plan: list[tuple[str, str, int, np.ndarray]] = []
         options = {"sampler": self._plan, "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+        generator = torch_generator(batches.seed, "workers")
         # With a generator, or the loader would draw its workers' base seed from the global one.
-        self._loader = DataLoader(batches, batch_size=None, generator=torch_generator(batches.seed, "workers"), **options)
+        self._loader = DataLoader(batches, batch_size=None, generator=generator, worker_init_fn=_deaf, **options)
 
     def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[list[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""
         self._plan[:] = [(transform, purpose, episode, batch) for batch in rows]
         return iter(self._loader)
+
+
+def _deaf(worker: int) -> None:
+    """An interrupt is the trainer's business: it still needs the batches of the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -19,19 +19,7 @@ from protoclip_lab.runs import headlines
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    try:
-        index = batch.run(arguments.what, arguments.parameters, arguments.out or None)
-    except batch.StepFailed as error:
-        sys.exit(f"error: {error}\nThe same command continues from there.")
-    print(f"report: {index}")
-
-
-def _parameters(arguments: argparse.Namespace) -> dict:
-    given = [parameter.partition("=") for parameter in arguments.parameters]
-    for name, equals, _ in given:
-        if not equals:
-            raise ValueError(f"-p {name}: write it as name=value")
-    return {name: batch.read_yaml(value) for name, _, value in given}
+    print(f"report: {batch.run(arguments.what, arguments.parameters, arguments.out or None)}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -41,13 +29,14 @@ def _train(arguments: argparse.Namespace) -> None:
     if not isinstance(settings, dict):
         raise ValueError(f"{arguments.what} holds no lines of `name: value`")
     try:
-        training.train(TrainConfig(**settings | _parameters(arguments)))
+        training.train(TrainConfig(**settings | dict(map(batch.read_parameter, arguments.parameters))))
     except training.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
 
 
 def _options(arguments: argparse.Namespace) -> dict:
-    return {name: getattr(arguments, name) for name in ("data_root", "datasets", "measures")} | _parameters(arguments)
+    named = {name: getattr(arguments, name) for name in ("data_root", "datasets", "measures")}
+    return named | dict(map(batch.read_parameter, arguments.parameters))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -70,8 +59,8 @@ def _watch(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse the command line and go; exit status 1 on an error, 128 + signal when stopped."""
-    shape = {"prog": "python -m protoclip_lab", "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **shape)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, formatter_class=as_written)
     parser.add_argument("command", choices=["run", "train", "evaluate", "watch"])
     parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
     parser.add_argument("--out", metavar="FOLDER", default="", help="where to write (reports/RECIPE; the run's folder)")
@@ -86,7 +75,7 @@ def main() -> None:
         {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[arguments.command](arguments)
     except ValidationError as error:
         sys.exit("error: " + "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
         print("stopped; the same command continues from there", file=sys.stderr)

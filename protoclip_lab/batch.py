@@ -16,9 +16,11 @@ A recipe maps steps, in the order they run, to the parameters of their notebooks
 ``checkpoint`` or ``runs`` where a notebook has them. Names are checked before anything runs.
 """
 
+import base64
 import contextlib
 import csv
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -37,6 +39,7 @@ from typing import Any
 import psutil
 import yaml
 from jinja2 import Environment, FileSystemLoader
+from PIL import Image
 from tqdm import tqdm
 
 from protoclip_lab.config import TrainConfig, nearest_name
@@ -80,9 +83,14 @@ class Step:
         self.record = self.output / "step.json"
         self.executed = self.output / self.notebook.name
 
-    def recorded(self) -> dict[str, Any]:
-        """What step.json says, empty where there is none."""
-        return json.loads(self.record.read_text("utf-8")) if self.record.exists() else {}
+    def recorded(self, file: str = "step.json") -> dict[str, Any]:
+        """What a JSON file of its folder says, empty where there is none."""
+        path = self.output / file
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def figures(self) -> list[Path]:
+        """Its pictures and animations, in the order they were drawn."""
+        return sorted((self.output / "figures").glob("*.[pg][ni][gf]"), key=os.path.getmtime)
 
 
 # ---------------------------------------------------------------- reading a recipe
@@ -140,17 +148,12 @@ def _sections(step: str, given: Any) -> tuple[dict, dict, dict]:
     return common | given, {str(arm): dict(arms[arm] or {}) for arm in arms}, grid
 
 
-def _override(override: str, places: dict[str, dict], steps: dict[str, tuple]) -> None:
-    """Put one ``name=value`` where it belongs: the recipe's own parameters, a step's, an arm's or the grid's."""
-    key, equals, text = override.partition("=")
+def read_parameter(text: str) -> tuple[str, Any]:
+    """``name=value`` as a name and a YAML value; RecipeError where it is no such thing."""
+    name, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"-p {override}: write it as name=value")
-    _check([key], places, "-p")
-    step, _, name = key.rpartition(".")
-    for arm, values in (steps[step][1] if step in steps else {}).items():
-        if name in values:
-            raise RecipeError(f"-p {override}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={text}")
-    places[key][name] = read_yaml(text)
+        raise RecipeError(f"-p {text}: write it as name=value")
+    return name, read_yaml(value)
 
 
 def _resolve(parameters: dict[str, Any], known: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
@@ -187,8 +190,8 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
 
     Args:
         recipe: a path, or a bare name in ``notebooks/recipes``.
-        overrides: ``name=value`` for a recipe's own parameter, ``step.name=value``, ``03_train.arm.name=value``;
-            values are YAML.
+        overrides: ``name=value`` for a recipe's own parameter, ``step.name=value``, ``03_train.arm.name=value``,
+            ``03_train.grid.name=[value, value]``; values are YAML.
         out: the report folder, by default ``reports/<recipe>``.
 
     Raises:
@@ -214,13 +217,16 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
     has = {step: [n for n in notebook_parameters(sources[step]) if n != folder_of[step]] for step in steps}
     places = dict.fromkeys(own, own)
     for step, (common, arms, grid) in steps.items():
-        _check(grid, has[step] + SECTIONS, f"{path.name}: {step}.grid")
-        places |= {f"{step}.{name}": grid for name in grid}
-        for part, given in {step: common, **{f"{step}.{arm}": arms[arm] for arm in arms}}.items():
+        for part, given in {step: common, f"{step}.grid": grid, **{f"{step}.{arm}": arms[arm] for arm in arms}}.items():
             _check(given, has[step] + SECTIONS, f"{path.name}: {part}")
             places |= {f"{part}.{name}": given for name in has[step] if name not in grid}
-    for override in overrides:
-        _override(override, places, steps)
+        places |= {f"{step}.{name}": grid for name in grid}
+    for key, value in map(read_parameter, overrides):
+        _check([key], places, "-p")
+        step, _, name = key.rpartition(".")
+        if arm := next((arm for arm, given in steps.get(step, ({}, {}))[1].items() if name in given), None):
+            raise RecipeError(f"-p {key}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={value}")
+        places[key][name] = value
     known = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
     if name := next((name for name, value in known.items() if value is None), None):
         raise RecipeError(f"recipe {path.stem} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
@@ -270,7 +276,7 @@ def _execute(step: Step, bar: tqdm) -> None:
         bar.n = cell_index + 1
 
     options = dict(kernel_name="python3", language="python", kernel_manager_class=Kernel, on_cell_start=on_cell, progress_bar=False)
-    where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}"
+    where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}\nThe same command continues from there."
     try:
         papermill.execute_notebook(step.notebook, step.executed, step.parameters, cwd=step.notebook.parents[1], **options)
     except papermill.exceptions.PapermillExecutionError as error:
@@ -285,7 +291,8 @@ def _write_page(step: Step) -> None:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(extra_template_paths=[str(TEMPLATES)], template_file="page.html.j2", embed_images=True)
-    write_text(step.executed.with_suffix(".html"), exporter.from_filename(step.executed)[0])
+    # paths as from the kernel's folder: those of this machine mean nothing to whom the page is sent
+    write_text(step.executed.with_suffix(".html"), exporter.from_filename(step.executed)[0].replace(f"{step.notebook.parents[1]}/", ""))
 
 
 def _run_step(step: Step, title: str) -> None:
@@ -319,15 +326,24 @@ def _run_step(step: Step, title: str) -> None:
             print(f"{title}  done  {timedelta(seconds=record['seconds'])}", file=sys.stderr, flush=True)
 
 
-def _write_index(name: str, steps: list[Step], out: Path) -> None:
-    """One page over the whole recipe: headline table, pictures side by side over the runs, links to the steps."""
-    groups = {key: list(uses) for key, uses in itertools.groupby(steps, lambda step: step.name.partition("/")[0])}
-    titles = {key: _cells(uses[0].notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ") for key, uses in groups.items()}
-    comparisons = [path.read_text("utf-8") for step in steps for path in step.output.glob("comparison.csv")]
-    table = list(csv.reader(comparisons[-1].splitlines())) if comparisons else []
+def _embedded(path: Path) -> str:
+    """A picture or animation as an address that holds it; WebP takes a quarter of the bytes of PNG."""
+    buffer = io.BytesIO()
+    # one that a kill cut off in mid-write is missing from the page, not the page
+    with contextlib.suppress(OSError), Image.open(path) as picture:
+        picture.save(buffer, "WEBP", quality=88, save_all=True, duration=picture.info.get("duration", 0))
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write_index(recipe: str, steps: list[Step], out: Path) -> None:
+    """One page over the whole recipe: headline table, pictures side by side over the runs, how it was run."""
+    titles = {step.notebook.stem: _cells(step.notebook, "markdown")[0][0].partition("\n")[0].lstrip("# ") for step in steps}
+    tables = [list(csv.reader(path.read_text("utf-8").splitlines())) for step in steps for path in step.output.glob("comparison.csv")]
+    arms = {re.sub(r"_?seed=\d+", "", run.output.name): TrainConfig(**run.parameters) for run in steps if run.notebook.stem == TRAIN}
+    about = {"recipe": recipe, "steps": steps, "titles": titles, "tables": tables, "arms": arms, "out": out, "embedded": _embedded}
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "index.html", template.render(name=name, groups=groups, titles=titles, table=table, out=out))
+    write_text(out / "index.html", template.render(about, defaults=TrainConfig()).replace(f"{out}/", ""))
 
 
 def _stop(signum: int, frame: Any) -> None:

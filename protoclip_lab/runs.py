@@ -15,7 +15,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from scipy.special import stdtrit
 
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data import pairs, source
@@ -53,13 +56,13 @@ class Run:
         path, wanted = Path(config.run), config.model_dump(mode="json")
         if (path / "config.json").exists():
             found = cls(path).config.model_dump(mode="json")
-            if other := [name for name in wanted if name not in FREE and found[name] != wanted[name]]:
-                listed = ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other)
+            other = [name for name in wanted if name not in FREE and found[name] != wanted[name]]
+            if listed := ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other):
                 raise ValueError(f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "config.json", wanted)
         if not (path / "environment.json").exists():
-            write_json(path / "environment.json", _environment(path))
+            write_json(path / "environment.json", _environment(config))
         return cls(path)
 
     @property
@@ -108,16 +111,19 @@ class Run:
         with (self.path / file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
-    def truncate(self, episode: int) -> None:
-        """Drop what was logged after an episode: the resumed run writes it again."""
+    def truncate(self, step: int, checkpoint: str) -> None:
+        """Drop what was logged after a step and a checkpoint: the resumed run writes it again."""
         metrics, evaluation = self.path / "metrics.jsonl", self.path / "evaluation.jsonl"
-        _write_rows(metrics, [row for row in _read_rows(metrics) if row["episode"] <= episode])
+        _write_rows(metrics, [row for row in _read_rows(metrics) if row["step"] <= step])
         with locked(self.path / "evaluation.lock"):
-            _write_rows(evaluation, [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint_name(episode)])
+            _write_rows(evaluation, [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint])
 
-    def save(self, episode: int, write: Callable[[Path], None]) -> Path:
-        """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last."""
-        final = self.path / "checkpoints" / checkpoint_name(episode)
+    def save(self, name: str, write: Callable[[Path], None]) -> Path:
+        """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last.
+
+        Those of earlier interruptions go, now that a later one is there.
+        """
+        final = self.path / "checkpoints" / name
         staging = final.with_name(f".{final.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -129,6 +135,8 @@ class Run:
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
         sync(final.parent)
+        for passed in {*final.parent.glob("episode_*_step_*")} - {final}:
+            shutil.rmtree(passed)
         return final
 
     def locked(self) -> AbstractContextManager[None]:
@@ -140,9 +148,9 @@ class Run:
         return locked(self.path / "lock", wait=False)
 
 
-def checkpoint_name(episode: int) -> str:
-    """The folder of an episode's checkpoint; in the order of episodes as text too."""
-    return f"episode_{episode:04d}"
+def checkpoint_name(episode: int, step: int = 0) -> str:
+    """The folder of the checkpoint after an episode, and some steps of the next; in the order of training as text too."""
+    return f"episode_{episode:04d}" + (f"_step_{step:06d}" if step else "")
 
 
 def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -202,7 +210,9 @@ class Comparison:
         values: a row per run: run, arm, seed, checkpoint, then every measure.
         shown: the measures shown.
         table: a row per measure shown, a column per arm: over several seeds "mean ± standard deviation", from one
-            "value [low, high]" with the measure's own 95 % interval, where it has one.
+            "value [low, high]" with the measure's own 95 % interval, where it has one. Then a column per arm but the
+            baseline, which is "clip" or else the first arm: mean difference over the n seeds both have, from two seeds
+            on with its 95 % interval (paired Student t).
 
     Raises:
         ValueError: a run without evaluations.
@@ -222,7 +232,11 @@ class Comparison:
         self.values = pd.DataFrame(rows)
         self.shown = [name for name in self.values.columns[4:] if name.endswith(tuple(measures or [f": {m}" for m in HEADLINES]))]
         cells = pd.concat(cells).groupby(["measure", "arm"])[["value", "low", "high"]].apply(_cell)
-        self.table = cells.unstack(fill_value="").loc[self.shown, self.values["arm"].unique()]
+        table = cells.unstack(fill_value="").loc[self.shown, self.values["arm"].unique()]
+        by_seed = self.values.groupby(["arm", "seed"])[self.shown].mean()
+        baseline, *others = sorted(table, key=lambda arm: arm != "clip")
+        above = [_differences(by_seed.loc[arm], by_seed.loc[baseline], f"{arm} − {baseline}") for arm in others]
+        self.table = table.join(above).fillna("")
         if output:
             Path(output).mkdir(parents=True, exist_ok=True)
             self.table.to_csv(Path(output) / "comparison.csv")
@@ -232,20 +246,19 @@ class Comparison:
         """Episode metrics of the runs, one after the other, told apart by column "run"."""
         return pd.concat([run.metrics(kind="episode").assign(run=run.path.name) for run in self.runs])
 
-    def settings(self) -> pd.DataFrame:
-        """A row for each setting in which the runs differ, a column for each run."""
+    def settings(self) -> "pd.io.formats.style.Styler":
+        """A row for each setting in which the runs differ, a column for each run; values unlike the first run's stand out."""
         table = pd.DataFrame({run.path.name: run.config.model_dump(mode="json") for run in self.runs}).astype(str)
-        return table[table.nunique(axis=1) > 1].drop(index="run", errors="ignore")
-
-
-compare = Comparison  # a notebook asks for it by the verb
+        table = table[table.nunique(axis=1) > 1].drop(index="run", errors="ignore")
+        return table.style.apply(lambda row: np.where(row == row.iloc[0], "", "font-weight: bold; background: #fdf3c7"), axis=1)
 
 
 def keep(figure: Any, output: str | Path, name: str) -> Any:
-    """Save a figure as ``output/figures/name.png`` and hand it back, for a notebook's last line."""
+    """Save a figure as ``output/figures/name.png``, one drawn for paper as ``.pdf`` too, and hand it back."""
     folder = Path(output) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png")
+    for kind in ("png", "pdf") if getattr(figure, "paper", False) else ("png",):
+        figure.savefig(folder / f"{name}.{kind}")
     return figure
 
 
@@ -265,26 +278,39 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _cell(found: pd.DataFrame) -> str:
-    value, low, high = found.iloc[0]
     if len(found) > 1:
         return f"{found['value'].mean():.2f} ± {found['value'].std():.2f}"
-    return f"{value:.2f}" if pd.isna(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return _interval(*found.iloc[0])
+
+
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.2f}" + ("" if pd.isna(low) else f" [{low:{sign}.2f}, {high:{sign}.2f}]")
+
+
+def _differences(arm: pd.DataFrame, baseline: pd.DataFrame, name: str) -> pd.Series:
+    """Mean of what an arm has above the baseline, over the seeds both have: rows are seeds, columns measures."""
+    each = (arm - baseline).dropna(how="all").dropna(axis=1, how="all")
+    # paired Student t
+    mean, reach = each.mean(), each.sem() * stdtrit(each.count() - 1, 0.975)
+    cells = map(_interval, mean, mean - reach, mean + reach, ["+"] * len(mean))
+    return pd.Series(list(cells), each.columns, dtype=object, name=f"{name} (n = {len(each)})")
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):  # an optimizer's state may be larger than memory has room for twice
-            digest.update(block)
-    return digest.hexdigest()
+    # mapped, not read: an optimizer's state may be larger than memory has room for twice; nothing cannot be mapped
+    return hashlib.sha256(np.memmap(path, mode="r") if path.stat().st_size else b"").hexdigest()
 
 
-def _environment(path: Path) -> dict[str, Any]:
+def _environment(config: TrainConfig) -> dict[str, Any]:
     commit = _git("rev-parse", "--verify", "HEAD").strip()
     if commit:
-        (path / "uncommitted.diff").write_text(_git("diff", "HEAD"), "utf-8")
+        (Path(config.run) / "uncommitted.diff").write_text(_git("diff", "HEAD"), "utf-8")
+    accelerated = config.device != "cpu" and torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
+    device += f": {torch.cuda.get_device_name()}" if device == "cuda" else f" ({torch.get_num_threads()} threads)"
     packages = {found.name: found.version for found in importlib.metadata.distributions()}
-    return {"python": sys.version, "platform": platform.platform(), "packages": packages, "commit": commit or None, "command": sys.argv}
+    about = {"python": sys.version, "platform": platform.platform(), "device": device, "packages": packages}
+    return about | {"commit": commit or None, "command": sys.argv}
 
 
 def _git(*words: str) -> str:

@@ -1,5 +1,7 @@
 """Recipes: what they expand to, what is refused, what runs again, what a failure or a signal leaves behind."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import nbformat
 import psutil
 import pytest
 from nbformat import v4
+from PIL import Image
 
 import protoclip_lab
 from protoclip_lab import __main__, batch
@@ -166,6 +169,9 @@ def test_overrides_reach_recipe_step_arm_and_grid(lab: Path) -> None:
     assert {s.parameters["episodes"] for name, s in steps.items() if name.startswith("03")} == {5}
     assert steps["03_train/protoclip_seed=3"].parameters["k"] == [8, 9]
     assert "k" not in steps["03_train/clip_seed=3"].parameters
+    wide = plan("03_train.grid.lr=[1e-3, 2e-3]", "03_train.seed=1")
+    lr = {name: step.parameters["lr"] for name, step in wide.items() if name.startswith("03")}
+    assert lr == {f"03_train/{arm}_seed=1_lr={x}": x for arm in ("clip", "protoclip") for x in (0.001, 0.002)}
     assert plan("02_extract_teacher:other.rate=1e-3")["02_extract_teacher:other"].parameters["rate"] == 0.001
 
 
@@ -380,24 +386,97 @@ def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
 
     index = (lab / "out/index.html").read_text()
     assert Requests(index).hosts() == []
-    assert Requests(index).addresses == ["01_prepare_data/figures/umap_gap.png"]
-    for link in re.findall(r'(?:href|src)="([^"#]+)"', index):
-        assert (lab / "out" / link).is_file()
+    assert [drawn(address) for address in Requests(index).addresses] == [((8, 8), 1)]
+    links = re.findall(r'href="([^"#]+)"', index)
+    assert {*links} == {"01_prepare_data/01_prepare_data.html", "06_compare/06_compare.html", "01_prepare_data/figures/umap_gap.png"}
+    assert all((lab / "out" / link).is_file() for link in links)
+    assert str(lab) not in index and f"{lab}/" not in page
     assert "<td>shape &lt;top-1&gt;</td><td>41.2 ± 0.8</td><td>55.0 ± 1.2</td>" in index
 
 
+def drawn(address: str) -> tuple[tuple[int, int], int]:
+    """Size and number of frames of a picture that stands in its own address."""
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/webp;base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    return picture.size, picture.n_frames
+
+
+def rows(html: str) -> list[list[str]]:
+    """The texts of each table row's cells."""
+    found = re.findall(r"<tr.*?</tr>", html, re.DOTALL)
+    return [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", row, re.DOTALL)] for row in found]
+
+
+def test_index_says_what_was_run_with_what_and_shows_what_it_drew(lab: Path) -> None:
+    steps, out = batch.plan("tiny", ["name=m", "03_train.seed=[1, 0]"])
+    runs = [step for step in steps if step.name.startswith("03_train/")]
+    for number, run in enumerate(runs):
+        (run.output / "figures").mkdir(parents=True)
+        packages = {"torch": f"2.{number % 2}", "scipy": "1.0"}
+        about = {"python": "3.10.4 (main)", "device": "cuda: NVIDIA H200", "commit": "c0ffee", "packages": packages}
+        (run.output / "environment.json").write_text(json.dumps(about))
+        (run.output / "uncommitted.diff").write_text("changed" if number == 3 else "")
+        for order, name in enumerate(["z.png", "a.gif", "b.png"]):
+            path = run.output / "figures" / name
+            frames = [Image.new("RGB", (9, 9), (40 * shade, number, 0)) for shade in range(3 if order == 1 else 1)]
+            frames[0].save(path, save_all=order == 1, append_images=frames[1:])
+            os.utime(path, (order, order))
+        (run.output / "figures" / "b.pdf").touch()
+    for cut in (0, 50):  # by a kill in mid-write
+        (runs[-1].output / "figures" / f"cut-{cut}.png").write_bytes((run.output / "figures" / "b.png").read_bytes()[:cut])
+    batch._write_index("tiny", steps, out)
+    index = (out / "index.html").read_text()
+    table = rows(index)
+    for row in [
+        ["recipe", "tiny"],
+        ["seeds", "0, 1"],
+        ["device", "cuda: NVIDIA H200"],
+        ["commit", "c0ffee with uncommitted changes"],
+        ["versions", "python 3.10.4, torch 2.0, 2.1"],
+        ["setting", "default", "clip", "protoclip"],
+        ["objective", "protoclip", "clip", "protoclip"],
+        ["lr", "0.001", "0.0005", "0.0005"],
+        ["k", "200", "200", "50"],
+        ["teachers", "[]", "[]", '[{"features": "02_extract_teacher_minilm/teacher.npy"}]'],
+    ]:
+        assert row in table, row
+    assert not [row for row in table if row[0] in ("seed", "run", "batch_size")]
+    assert '<td class="default">200</td>' in index and '<td class=" other">50</td>' in index
+    assert f"{len(steps)} of {len(steps)} steps are not finished" in index
+    assert 'href="03_train/protoclip_seed%3D0/uncommitted.diff"' in index and 'href="03_train/clip_seed%3D1/figures/b.pdf"' in index
+    *whole, one, other = Requests(index).addresses
+    assert one == other == "data:image/webp;base64,"
+    assert [drawn(address) for address in whole] == [((9, 9), n) for n in (1, 3, 1) for _ in runs]
+    assert str(lab) not in index
+
+
 def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_path: Path) -> None:
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "a", "version_major": 2, "version_minor": 0}}
+    def view(model: str) -> nbformat.NotebookNode:
+        widget = {"application/vnd.jupyter.widget-view+json": {"model_id": model, "version_major": 2, "version_minor": 0}}
+        return v4.new_output("display_data", data={**widget, "text/plain": f"{model} <at first>"})
+
+    def bar(style: str) -> dict:
+        parts = {"text": ("HTMLModel", {"value": f"{style} 7/9"}), "done": ("FloatProgressModel", {"bar_style": style})}
+        models = {f"{style}-{name}": {"model_name": kind, "state": state} for name, (kind, state) in parts.items()}
+        return {f"{style}-bar": {"model_name": "HBoxModel", "state": {"children": [f"IPY_MODEL_{name}" for name in models]}}, **models}
+
     outputs = [
-        v4.new_output("display_data", data={**widget, "text/plain": "bar"}),
+        view("slider"),
+        view("success-bar"),
+        view("-bar"),
         v4.new_output("display_data", data={"text/vnd.mermaid": "graph LR; a-->b"}),
     ]
     notebook = v4.new_notebook(cells=[v4.new_markdown_cell("$x$"), v4.new_code_cell("1", outputs=outputs)])
-    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {"a": {}}}}
-    step = batch.Step("01_prepare_data", Path("01_prepare_data.ipynb"), tmp_path)
+    state = {"slider": {"model_name": "IntSliderModel", "state": {}}, **bar("success"), **bar("")}
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": state}}
+    step = batch.Step("01_prepare_data", tmp_path / "notebooks" / "01_prepare_data.ipynb", tmp_path)
     nbformat.write(notebook, step.executed)
     batch._write_page(step)
-    assert Requests(step.executed.with_suffix(".html").read_text()).hosts() == []
+    page = step.executed.with_suffix(".html").read_text()
+    assert Requests(page).hosts() == []
+    # a widget as its text, a bar that was left standing as it stood, one that was taken away not at all
+    assert re.findall(r'<pre class="quiet">(.*)</pre>', page) == ["slider &lt;at first&gt;", "success 7/9"]
 
 
 def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +491,7 @@ def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(la
         "01_prepare_data failed in cell 5 of 5 (In [4]: rows = 3)",
         "ValueError: row 3: no image",
         f"notebook: {source}",
-        f"executed: {executed}",
+        f"executed: {executed}\nThe same command continues from there.",
     ):
         assert part in message
     assert "row 3: no image" in executed.read_text()

@@ -1,13 +1,17 @@
 """The run directory: what is compared, and what a table of runs says."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
 
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.runs import Run, compare, locked, record_evaluations
+from protoclip_lab.runs import Comparison, Run, keep, locked, record_evaluations
 
 
 def evaluated(folder, seed=0, **measures):
@@ -26,7 +30,7 @@ def evaluated(folder, seed=0, **measures):
 def test_runs_are_compared_by_their_last_evaluated_checkpoint(tmp_path):
     early = evaluated(tmp_path / "early", zero_shot_top1=[(10, 9, 11), (20, 19, 21)], gap=[(0.5, 0.4, 0.6)])
     late = evaluated(tmp_path / "late", zero_shot_top1=[(30, 29, 31), (25, 24, 26), (40, 39, 41)])
-    values = compare([early, late]).values
+    values = Comparison([early, late]).values
     assert list(values["checkpoint"]) == ["episode_0002", "episode_0003"]
     assert list(values["shape: zero_shot_top1"]) == [20, 40]
     assert "shape: gap" not in values  # it was measured on an earlier checkpoint alone
@@ -36,39 +40,67 @@ def test_one_seed_shows_the_interval_of_the_measure_and_several_their_deviation(
     numbers = np.random.default_rng(0).uniform(0, 100, 3)
     arm = [evaluated(tmp_path / f"b_seed={i}", i, gap=[(x, x - 9, x + 9)]) for i, x in enumerate(numbers)]
     alone = evaluated(tmp_path / "a_seed=0", gap=[(41.237, 39.9, 43)], grouping_AMI=[(0.5, float("nan"), float("nan"))])
-    found = compare([*arm, alone], tmp_path / "out")
+    found = Comparison([*arm, alone], tmp_path / "out")
     several = f"{numbers.mean():.2f} ± {numbers.std(ddof=1):.2f}"
-    assert list(found.table.columns) == ["b", "a"]
-    assert list(found.table.loc["shape: gap"]) == [several, "41.24 [39.90, 43.00]"]
-    assert list(found.table.loc["shape: grouping_AMI"]) == ["", "0.50"]
+    difference = f"{41.237 - numbers[0]:+.2f}"
+    assert list(found.table.columns) == ["b", "a", "a − b (n = 1)"]
+    assert list(found.table.loc["shape: gap"]) == [several, "41.24 [39.90, 43.00]", difference]
+    assert list(found.table.loc["shape: grouping_AMI"]) == ["", "0.50", ""]
     written = (tmp_path / "out" / "comparison.csv").read_text("utf-8").splitlines()
-    assert written[:2] == ["measure,b,a", f'shape: gap,{several},"41.24 [39.90, 43.00]"']
+    assert written[:2] == ["measure,b,a,a − b (n = 1)", f'shape: gap,{several},"41.24 [39.90, 43.00]",{difference}']
     assert len(pd.read_csv(tmp_path / "out" / "values.csv")) == 4
+
+
+def test_paired_differences_are_those_of_a_paired_t_test_over_the_seeds_both_have(tmp_path):
+    rng, runs, values = np.random.default_rng(1), [], {}
+    for arm, seeds in {"other": range(1, 6), "clip": range(4), "third": (0,), "fourth": (7,)}.items():
+        for seed in seeds:
+            values[arm, seed] = rng.normal(50, 10, 2)
+            gap, top1 = ([(x, x - 1, x + 1)] for x in values[arm, seed])
+            runs.append(evaluated(tmp_path / f"{arm}_seed={seed}", seed, gap=gap, zero_shot_top1=top1))
+    table = Comparison(runs).table
+    assert list(table.columns[4:]) == ["other − clip (n = 3)", "third − clip (n = 1)", "fourth − clip (n = 0)"]
+    for row, measure in enumerate(["shape: gap", "shape: zero_shot_top1"]):
+        pairs = [(values["other", seed][row], values["clip", seed][row]) for seed in (1, 2, 3)]
+        test = stats.ttest_rel(*zip(*pairs, strict=True))
+        low, high = test.confidence_interval(0.95)
+        mean = np.mean([ours - theirs for ours, theirs in pairs])
+        one = values["third", 0][row] - values["clip", 0][row]
+        assert list(table.loc[measure])[4:] == [f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{one:+.2f}", ""]
+
+
+def test_without_an_arm_of_that_name_the_first_is_the_baseline_and_alone_it_has_no_difference(tmp_path):
+    runs = [evaluated(tmp_path / arm, gap=[(x, x, x)]) for arm, x in (("b", 1), ("a", 3))]
+    assert list(Comparison(runs).table.loc["shape: gap"]) == ["1.00 [1.00, 1.00]", "3.00 [3.00, 3.00]", "+2.00"]
+    assert list(Comparison(runs[:1]).table.columns) == ["b"]
 
 
 def test_only_the_measures_asked_for_are_shown_and_all_are_kept(tmp_path):
     run = evaluated(tmp_path / "run", gap=[(1, 0, 2)], knn_top1=[(2, 1, 3)], zero_shot_top1=[(3, 2, 4)])
-    found = compare([run], measures=["top1"])
+    found = Comparison([run], measures=["top1"])
     assert found.shown == list(found.table.index) == ["shape: knn_top1", "shape: zero_shot_top1"]
     assert "shape: gap" in found.values
 
 
 def test_runs_of_one_name_in_two_folders_are_two_rows_of_one_arm(tmp_path):
     runs = [evaluated(tmp_path / folder / "clip", gap=[(x, x, x)]) for folder, x in (("a", 1), ("b", 3))]
-    found = compare(runs)
+    found = Comparison(runs)
     assert len(found.values) == 2
     assert found.table.loc["shape: gap", "clip"] == "2.00 ± 1.41"
 
 
-def test_settings_in_which_runs_differ_are_listed(tmp_path):
-    runs = [evaluated(tmp_path / f"clip_seed={seed}", seed, gap=[(1, 1, 1)]) for seed in (0, 1)]
-    assert compare(runs).settings().to_dict("index") == {"seed": {"clip_seed=0": "0", "clip_seed=1": "1"}}
+def test_settings_in_which_runs_differ_are_listed_and_marked(tmp_path):
+    runs = [evaluated(tmp_path / f"clip_seed={seed}", seed, gap=[(1, 1, 1)]) for seed in (0, 1, 0)]
+    settings = Comparison([*runs[:2], evaluated(tmp_path / "again", 0, gap=[(1, 1, 1)])]).settings()
+    assert settings.data.to_dict("index") == {"seed": {"clip_seed=0": "0", "clip_seed=1": "1", "again": "0"}}
+    html = settings.to_html(table_uuid="t")
+    assert html.count("background: #fdf3c7") == 1 and "#T_t_row0_col1 {" in html
 
 
 def test_a_run_without_evaluations_is_refused(tmp_path):
     run = evaluated(tmp_path / "run")
     with pytest.raises(ValueError, match="has no evaluations: run 05_evaluate"):
-        compare([run])
+        Comparison([run])
 
 
 def test_a_folder_without_config_is_no_run(tmp_path):
@@ -86,10 +118,10 @@ def test_other_settings_in_the_same_folder_are_refused_with_both_values(tmp_path
 def test_what_is_logged_after_an_episode_is_dropped_and_a_half_written_row_with_it(tmp_path):
     run = Run(evaluated(tmp_path / "run", gap=[(1, 1, 1), (2, 2, 2), (3, 3, 3)]))
     for episode in (1, 2, 3):
-        run.append("metrics.jsonl", {"kind": "episode", "episode": episode})
+        run.append("metrics.jsonl", {"kind": "episode", "episode": episode, "step": 10 * episode})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "epis')
-    run.truncate(2)
+    run.truncate(20, "episode_0002")
     assert list(run.metrics()["episode"]) == [1, 2]
     assert list(run.evaluations()["value"]) == [1, 2]
 
@@ -109,9 +141,36 @@ def test_an_error_while_a_run_is_locked_is_not_taken_for_the_lock(tmp_path):
             pass
 
 
-def test_the_environment_names_versions_and_commit(tmp_path):
-    run = Run.create(TrainConfig(run=str(tmp_path / "run")))
-    about = json.loads((run.path / "environment.json").read_text())
-    assert about.keys() == {"python", "platform", "packages", "commit", "command"}
+def test_the_environment_names_versions_commit_and_device(tmp_path, monkeypatch):
+    def environment(name, **settings):
+        run = Run.create(TrainConfig(run=str(tmp_path / name), **settings))
+        return json.loads((run.path / "environment.json").read_text())
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    about = environment("run")
+    assert about.keys() == {"python", "platform", "device", "packages", "commit", "command"}
     assert {"torch", "numpy"} <= about["packages"].keys()
-    assert (about["commit"] is None) == (not (run.path / "uncommitted.diff").exists())
+    assert (about["commit"] is None) == (not (tmp_path / "run" / "uncommitted.diff").exists())
+    assert about["device"] == f"cpu ({torch.get_num_threads()} threads)"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert environment("gpu")["device"] == "cuda: NVIDIA H200"
+    assert environment("cpu", device="cpu")["device"] == about["device"]
+
+
+def test_a_figure_is_kept_as_png_and_one_for_paper_as_vectors_too(tmp_path):
+    figure = Figure()
+    assert keep(figure, tmp_path, "a") is figure
+    figure.paper = True
+    keep(figure, tmp_path, "b")
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["a.png", "b.pdf", "b.png"]
+    assert (tmp_path / "figures" / "b.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_an_emptied_checkpoint_file_is_damaged(tmp_path):
+    run = Run(evaluated(tmp_path / "run"))
+    folder = run.save("episode_0001", lambda folder: (folder / "weights").write_bytes(b"w" * 3_000_000))
+    assert run.latest == folder
+    (folder / "weights").write_bytes(b"")
+    assert run.latest is None

@@ -1,24 +1,32 @@
 """A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
 
+import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.sparse import csr_array
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from protoclip_lab import clustering, encoders, evaluation, plots, prototypes, randomness, runs
+from protoclip_lab import clustering, encoders, evaluation, losses, plots, prototypes, randomness, runs, teachers
 from protoclip_lab.data.pairs import Pairs
 
 # Without prototypes of its own, a model's features are clustered with this many members in the mean.
 MEMBERS = 25
+MOMENTS = 9  # checkpoints looked at through training
+# What typical words are not. The lists that come with libraries hold "top", "side" and "bottom" too.
+FUNCTION_WORDS = "an and are as at by for from in is it its of on or that the this to with".split()
 
 
-@dataclass
+@dataclass(eq=False)
 class Snapshot:
     """Features of the same pairs at one checkpoint.
 
@@ -29,6 +37,7 @@ class Snapshot:
         seed: of the sample and of whatever is drawn from it.
         method: how maps are made, see :func:`protoclip_lab.plots.embed`.
         labels: columns of the table with true labels.
+        paper: figures are for a column of a paper.
     """
 
     run: runs.Run
@@ -39,62 +48,201 @@ class Snapshot:
     seed: int
     method: str
     labels: Sequence[str]
+    paper: bool = False
+    _found: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)  # by prototypes(), which takes its time
 
     @property
     def gap(self) -> dict[str, float]:
         """:func:`protoclip_lab.evaluation.modality_gap` of the sample."""
         return evaluation.modality_gap(self.features.image, self.features.text)
 
-    def prototypes(self, modality: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
-        """Each sample's prototype in one modality, the prototypes and the features they live among.
+    @cached_property
+    def records(self) -> list[prototypes.Prototypes]:
+        """The prototypes in force at the checkpoint; none for plain CLIP."""
+        return prototypes.load(self.checkpoint)
 
-        The modality's own clusters where it is a teacher; else those of the first teacher that teaches it; without
+    @cached_property
+    def through(self) -> dict[str, "Snapshot"]:
+        """The same sample at up to ``MOMENTS`` checkpoints of the run, evenly chosen, and this one: oldest first, by name."""
+        found, known = self.run.checkpoints(), {self.checkpoint.name: self}
+        chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, MOMENTS).round().astype(int))]
+        for checkpoint in tqdm([c for c in chosen if c.name not in known], desc="checkpoints", mininterval=2):
+            features = _encode(checkpoint, self.pairs, self.rows)
+            known[checkpoint.name] = replace(self, checkpoint=checkpoint, features=features)
+        return {re.sub("_0*", " ", name): then for name, then in sorted(known.items())}
+
+    def _record(self, of: str) -> prototypes.Prototypes | None:
+        """The record of a teacher's prototypes, or of the first that are taught to a modality."""
+        fitting = [record for record in self.records if of in (record.teacher, record.student)]
+        return min(fitting, key=lambda record: record.teacher != of, default=None)
+
+    def prototypes(self, of: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
+        """Each sample's prototype, the prototypes and the features they live among.
+
+        A modality's own clusters where it is a teacher; else those of the first teacher that teaches it; without
         any, k-means on the sample.
+
+        Args:
+            of: "image", "text" or the name of an external teacher.
 
         Returns:
             labels (n,), centroids (K, d), features (n, d).
         """
-        projected = getattr(self.features, f"{modality}_projection")
-        if (centroids := prototypes.of_modality(prototypes.load(self.checkpoint), modality)) is not None:
-            return clustering.nearest(projected, centroids).numpy(), centroids, projected
-        found = clustering.kmeans(projected, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
-        return found.labels.numpy(), found.centroids, projected
+        if of not in self._found:
+            if of in prototypes.STUDENTS:
+                features = getattr(self.features, f"{of}_projection")
+            else:
+                stored = dict(zip(self.run.config.teacher_names(), self.run.config.teachers, strict=True))[of]
+                features = torch.from_numpy(teachers.load(stored.features, self.pairs)[self.rows])
+            if record := self._record(of):
+                centroids = record.teacher_centroids if record.teacher == of else record.centroids
+                # The nearest occupied one: the place of an empty cluster means nothing.
+                labels = replace(record, teacher_centroids=centroids).labels_of(slice(None), features)
+            else:
+                made = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
+                labels, centroids = made.labels, made.centroids
+            self._found[of] = labels.numpy(), centroids, features
+        return self._found[of]
 
     def label(self, column: str) -> np.ndarray:
         """A column of the table for the sampled rows, (n,)."""
         return np.array(self.pairs.column(column))[self.rows]
 
+    @cached_property
+    def groupings(self) -> dict[str, np.ndarray]:
+        """The sample's groupings, (n,) each: image and text prototypes, external teachers' clusters, label columns."""
+        names = dict.fromkeys([*prototypes.STUDENTS, *(record.teacher for record in self.records)])
+        return {name: self.prototypes(name)[0] for name in names} | {column: self.label(column) for column in self.labels}
+
+    @cached_property
+    def agreement(self) -> pd.DataFrame:
+        """AMI of each two of the groupings."""
+        found = self.groupings
+        return pd.DataFrame({a: {b: evaluation.agreement(found[a], found[b])["AMI"] for b in found} for a in found})
+
+    @property
+    def overlap(self) -> pd.DataFrame:
+        """Samples shared by each image and text cluster in their episode, or here; most of them on the diagonal."""
+        found = {r.teacher: r.labels.numpy() for r in self.records}
+        labels = [found.get(name, self.groupings[name]) for name in prototypes.STUDENTS]
+        return plots.on_the_diagonal(pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"]))
+
+    @property
+    def sizes(self) -> dict[str, np.ndarray]:
+        """Members of each cluster in its episode, by teacher; without teachers, of the k-means clusters in the sample."""
+        found = {r.teacher: np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
+        return found or {name: np.bincount(self.groupings[name]) for name in prototypes.STUDENTS}
+
+    def xy(self, modality: str = "image", like: np.ndarray | None = None) -> np.ndarray:
+        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2).
+
+        Kept under ``maps`` in the run's folder. Of more than ``plots.MAX_POINTS`` a stratified part is mapped, the rest
+        is NaN. ``like`` is a map to resemble, see :func:`protoclip_lab.plots.embed`.
+        """
+        joint, n = modality == "joint", len(self.rows)
+        parts = [self.features.image, self.features.text] if joint else [getattr(self.features, f"{modality}_projection")]
+        kept, most = np.arange(n), plots.MAX_POINTS // len(parts)
+        if n > most:
+            kept = plots.stratified(self.groupings[next(iter(self.labels), "image")], most, seed=self.seed)
+        given = {"features": torch.cat([part[kept] for part in parts]).numpy(), "like": None if like is None else like[kept]}
+        about = f"{self.method} {self.seed} {plots.METHODS.get(self.method)} {given['features'].shape}"
+        key = hashlib.sha256(about.encode() + b"".join(array.tobytes() for array in given.values() if array is not None))
+        file = self.run.path / "maps" / f"{key.hexdigest()[:32]}.npy"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            np.save(file.with_suffix(".partial.npy"), plots.embed(**given, method=self.method, seed=self.seed))
+            file.with_suffix(".partial.npy").replace(file)
+        xy = np.full((len(parts), n, 2), np.nan, np.float32)
+        xy[:, kept] = np.load(file, allow_pickle=False).reshape(len(parts), -1, 2)
+        return xy.reshape(-1, 2)
+
+    def names(self, of: str = "image") -> list[str]:
+        """What each of K prototypes is called: its number and the words typical of its captions in the sample."""
+        assigned, centroids, _ = self.prototypes(of)
+        words = typical_words([self.pairs.caption(row) for row in self.rows], assigned, len(centroids))
+        return [f"{i} · {found}" if found else str(i) for i, found in enumerate(words)]
+
+    def colourings(self, modality: str = "image") -> dict[str, np.ndarray]:
+        """By what a modality's samples can be told apart, each (n,): prototype, label columns, disagreement with each.
+
+        A sample disagrees where its label is not the commonest of its prototype.
+        """
+        found = {"prototype": self.prototypes(modality)[0]}
+        for column in self.labels:
+            label = pd.Series(self.label(column))
+            commonest = label.groupby(found["prototype"]).transform(lambda members: members.mode()[0])
+            found |= {column: label.to_numpy(), f"disagreement with {column}": np.where(label == commonest, "agrees", "disagrees")}
+        return found
+
     def joint_map(self) -> Figure:
-        """Joint map of image and text features, the gap in its title."""
-        both = torch.cat([self.features.image, self.features.text]).numpy()
-        xy = plots.embed(both, method=self.method, seed=self.seed)
-        return plots.joint_map(xy, np.arange(len(both)) >= len(self.rows), gap=self.gap["gap"], method=self.method, seed=self.seed)
+        """Joint map of image and text features, the gap between their means."""
+        is_text = np.repeat([False, True], len(self.rows))
+        return plots.joint_map(self.xy("joint"), is_text, gap=self.gap["gap"], method=self.method, seed=self.seed, paper=self.paper)
 
     def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
-        """One map of a modality's features, coloured by prototype and by each label column."""
-        assigned, centroids, features = self.prototypes(modality)
-        options = {"method": self.method, "seed": self.seed}
-        xy = plots.embed(features.numpy(), **options)
-        kind = "prototype" if prototypes.load(self.checkpoint) else "k-means cluster"
-        names = [f"{kind} {i}" for i in range(len(centroids))]
-        maps = {"prototypes": plots.cluster_map(xy, assigned, names=names, title=f"{modality}s by {kind}", **options)}
-        maps |= {label: plots.cluster_map(xy, self.label(label), title=f"{modality}s by {label}", **options) for label in self.labels}
-        return maps
+        """Maps of a modality's features: one coloured by prototype, and for each label column one by it and by disagreement."""
+        xy, colours = self.xy(modality), self.colourings(modality)
+        how = {"method": self.method, "seed": self.seed, "paper": self.paper}
+        title = f"{modality}s by {'prototype' if self.records else 'k-means cluster'}"
+        made = {"prototypes": plots.cluster_map(xy, colours["prototype"], names=self.names(modality), title=title, **how)}
+        for label in self.labels:
+            made[label] = plots.cluster_map(xy, {name: colours[name] for name in (label, f"disagreement with {label}")}, **how)
+        return made
 
-    def sheet(self, prototypes: int = 6, nearest: int = 6, modality: str = "image") -> Figure:
-        """The samples nearest to some prototypes, drawn at random among those with enough members."""
-        assigned, centroids, features = self.prototypes(modality)
-        sizes = np.bincount(assigned, minlength=len(centroids))
+    def maps_through(self) -> tuple[Figure, plots.Animation]:
+        """The images' maps at the moments of :attr:`through`, each resembling the next: side by side, and as an animation.
+
+        Coloured by the label column that agrees best with the prototypes, else by prototype.
+        """
+        maps: dict[str, np.ndarray] = {}
+        for moment, then in reversed(self.through.items()):
+            maps = {moment: then.xy(like=next(iter(maps.values()), None))} | maps
+        by = max(self.labels, key=lambda label: self.agreement.loc["image", label], default="image")
+        how = {"title": f"Images through training, coloured by {by}", "method": self.method, "seed": self.seed}
+        figure = plots.cluster_map(maps, self.groupings[by], paper=self.paper, **how)
+        return figure, plots.moving_map(maps, self.groupings[by], **how)
+
+    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> Figure:
+        """Some prototypes, drawn at random among those with enough members: nearest samples, words, size, purity, twin.
+
+        The twin is the prototype back-translated into the other modality: there stand the samples nearest to it.
+        """
+        (assigned, centroids, features), names = self.prototypes(modality), self.names(modality)
+        sizes, nearest = np.bincount(assigned, minlength=len(centroids)), min(nearest, 2) if self.paper else nearest
         large = np.flatnonzero(sizes >= min(nearest, sizes.max()))
-        chosen = randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]
-        images, captions = [], []
-        for prototype in chosen:
-            members = np.flatnonzero(assigned == prototype)
-            distance = (features[members] - centroids[prototype]).norm(dim=1).numpy()
-            shown = self.rows[members[np.argsort(distance, kind="stable")[:nearest]]]
-            images.append([self.pairs.image(row) for row in shown])
-            captions.append([self.pairs.caption(row) for row in shown])
-        return plots.prototype_sheet(images, captions, [f"prototype {p}\n{sizes[p]} of {len(assigned):,}" for p in chosen])
+        record, other = self._record(modality), {"image": "text", "text": "image"}[modality]
+        twin = next((r.centroids for r in self.records if (r.teacher, r.student) == (record.teacher, other)), None)
+        headings = {f"nearest {modality}s": 0} | ({} if twin is None else {f"{other}s nearest to its twin": nearest + 1})
+        images, captions, about = [], [], []
+        for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]:
+            members = np.flatnonzero(assigned == chosen)
+            shown = [*members[_nearest(features[members], centroids[chosen])][:nearest]]
+            if twin is not None:
+                shown += [None, *_nearest(self.prototypes(other)[2], twin[chosen])[: nearest - 1]]
+            pairs = [(None, "") if i is None else self.pairs[self.rows[i]] for i in shown]
+            images.append([image for image, _ in pairs])
+            captions.append([caption for _, caption in pairs])
+            shares = [pd.Series(self.label(label)[members]).value_counts(normalize=True) for label in self.labels]
+            purity = [f"{share.iloc[0]:.0%} {share.index[0]}" for share in shares]
+            about.append("\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity]))
+        return plots.prototype_sheet(images, captions, about, headings=headings, paper=self.paper)
+
+    def soft_targets(self, teacher: str = "text", student: str = "image", samples: int = 6) -> Figure:
+        """For some samples, the teacher's soft target and the student's distribution over prototypes."""
+        record = next((r for r in self.records if (r.teacher, r.student) == (teacher, student)), None)
+        if record is None:
+            return plots.soft_targets([], [], [], [], [], paper=self.paper)
+        chosen, config = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples], self.run.config
+        given = {name: t.temperature for name, t in zip(config.teacher_names(), config.teachers, strict=True)}
+        temperature = given.get(teacher, config.temperature)
+        T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(teacher)[0][chosen])
+        scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
+        p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
+        h = getattr(self.features, f"{student}_projection")[chosen]
+        q = losses.masked(scale * h @ C.T, record.occupied).softmax(1)
+        images, captions = zip(*(self.pairs[row] for row in self.rows[chosen]), strict=True)
+        title = f"Teacher: {teacher} (τ = {temperature:g}) · student: {student} (scale {scale:.1f})"
+        return plots.soft_targets(images, captions, self.names(teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
 def open_snapshot(
@@ -105,6 +253,7 @@ def open_snapshot(
     seed: int = 0,
     method: str = "umap",
     labels: Sequence[str] = (),
+    paper: bool = False,
     output: str | Path = "",
 ) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
@@ -112,7 +261,7 @@ def open_snapshot(
     Args:
         checkpoint: a checkpoint folder; empty takes the run's latest.
         samples: number of pairs, drawn at random from ``seed``; all where the table has fewer.
-        method, labels: kept for the pictures.
+        method, labels, paper: kept for the pictures.
         output: not used here: where 04 keeps its pictures.
 
     Raises:
@@ -122,28 +271,49 @@ def open_snapshot(
     checkpoint = run.checkpoint(checkpoint)
     pairs = runs.pairs_of(run)
     rows = np.sort(randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
-    return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels)
+    return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels, paper)
+
+
+def typical_words(captions: Sequence[str], labels: Sequence[int], k: int, words: int = 3) -> list[str]:
+    """The words most typical of each group's captions, by class-based TF-IDF: k strings, empty for an empty group.
+
+    ``W[c, t] = tf[c, t] · log(1 + A / f[t])``: tf counts word t in group c, f[t] in all captions, A is the mean number of
+    words in a group that has any. ``FUNCTION_WORDS`` and words of one letter are left out.
+
+    Source: Grootendorst, "BERTopic" (arXiv 2203.05794).
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(stop_words=FUNCTION_WORDS)
+    members = csr_array((np.ones(len(captions)), (labels, np.arange(len(captions)))), shape=(k, len(captions)))
+    try:
+        counts = members @ vectorizer.fit_transform(captions)
+    except ValueError:  # there is no word in any caption
+        return [""] * k
+    lengths = counts.sum(axis=1)
+    weights = counts.multiply(np.log1p(lengths[lengths > 0].mean() / counts.sum(axis=0))).toarray()
+    vocabulary = vectorizer.get_feature_names_out()
+    tops = np.argsort(-weights, axis=1, kind="stable")[:, :words]
+    return [" ".join(vocabulary[i] for i in top if row[i] > 0) for row, top in zip(weights, tops, strict=True)]
 
 
 def history(snapshot: Snapshot) -> pd.DataFrame:
-    """Gap and grouping of the same sample at every checkpoint of its run.
+    """Gap and grouping of the same sample through training.
 
     Returns:
-        A row for each checkpoint: episode, gap, agreement (AMI) of image prototypes with text prototypes and with each
-        label column.
+        A row for each of :attr:`Snapshot.through`: episode, gap, agreement (AMI) of image prototypes with each other grouping.
     """
     rows = []
-    for checkpoint in tqdm(snapshot.run.checkpoints(), desc="checkpoints", mininterval=2):
-        then = snapshot
-        if checkpoint != snapshot.checkpoint:
-            then = replace(snapshot, checkpoint=checkpoint, features=_encode(checkpoint, snapshot.pairs, snapshot.rows))
-        groups = then.prototypes("image")[0]
-        row = {"episode": int(checkpoint.name.removeprefix("episode_")), "gap": then.gap["gap"]}
-        row["AMI of image and text groups"] = evaluation.agreement(groups, then.prototypes("text")[0])["AMI"]
-        row |= {f"AMI of image groups and {label}": evaluation.agreement(groups, then.label(label))["AMI"] for label in snapshot.labels}
-        rows.append(row)
+    for name, then in snapshot.through.items():
+        agreement = then.agreement["image"].drop("image").add_prefix("AMI of image groups and ")
+        rows.append({"episode": int(name.split()[1]), "gap": then.gap["gap"], **agreement})
     return pd.DataFrame(rows)
 
 
 def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> encoders.Outputs:
     return encoders.encode_pairs(encoders.load(checkpoint).to(encoders.best_device()), pairs, rows)
+
+
+def _nearest(features: Tensor, centroid: Tensor) -> np.ndarray:
+    """Rows of features by their distance to a centroid."""
+    return (features - centroid).norm(dim=1).argsort(stable=True).numpy()

@@ -1,10 +1,12 @@
 import io
 import sys
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
@@ -63,9 +65,40 @@ def test_pca_map_keeps_the_two_largest_singular_values():
 
 @pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
 def test_four_points_are_enough_and_three_are_refused(method):
-    assert np.isfinite(plots.embed(blobs(4), method=method)).all()
+    first = plots.embed(blobs(4), method=method)
+    assert np.isfinite(first).all()
+    assert np.isfinite(plots.embed(blobs(4, seed=1), method=method, like=first)).all()
     with pytest.raises(ValueError, match="got 3"):
         plots.embed(blobs(3), method=method)
+
+
+@pytest.mark.parametrize("method", ["umap", "tsne", "pca"])
+def test_a_map_made_like_another_lies_upon_it(method):
+    features = blobs(60)
+    moved = features + 0.1 * np.random.default_rng(1).normal(size=features.shape)
+    first = plots.embed(features, method=method)
+    # As another training would have it: the same features in another basis, the map turned about and elsewhere.
+    basis = np.linalg.qr(np.random.default_rng(2).normal(size=(16, 16)))[0]
+    turned = 3 * first @ np.array([[0.0, 1.0], [1.0, 0.0]], np.float32) + 50
+    second = plots.embed(moved @ basis, method=method, like=turned)
+    spread = np.linalg.norm(turned - turned.mean(axis=0), axis=1).mean()
+    assert np.linalg.norm(second - turned, axis=1).mean() < 0.5 * spread
+    alone = plots.embed(moved @ basis, method=method)
+    assert np.linalg.norm(alone - turned, axis=1).mean() > spread
+
+
+@pytest.mark.parametrize("most", [7, 10, 30, 99])
+def test_a_stratified_sample_holds_of_each_label_its_share(most):
+    labels = np.repeat(["a", "b", "c"], [60, 30, 10])[np.random.default_rng(0).permutation(100)]
+    rows = plots.stratified(labels, most, seed=1)
+    assert len(np.unique(rows)) == len(rows) == most and (np.diff(rows) > 0).all()
+    counts = [(labels[rows] == label).sum() for label in "abc"]
+    np.testing.assert_allclose(counts, [0.6 * most, 0.3 * most, 0.1 * most], atol=1)
+    assert not np.array_equal(rows, plots.stratified(labels, most, seed=2))
+
+
+def test_a_sample_as_large_as_all_is_all():
+    np.testing.assert_array_equal(plots.stratified([2, 2, 5], 9), [0, 1, 2])
 
 
 def test_unknown_method_is_named():
@@ -102,11 +135,241 @@ def test_cluster_map_colours_up_to_eight_groups_apart():
     assert axes.get_title() == "Images (8 groups)"
 
 
-def test_cluster_map_greys_all_but_the_seven_largest():
-    labels = np.repeat(np.arange(12), np.arange(1, 13))
-    (axes,) = plots.cluster_map(spots(78), labels).axes
-    expected = [(f"{i} ({i + 1})", i + 1) for i in range(11, 4, -1)]
-    assert list(dots(axes).items()) == [*expected, ("5 others (15)", 15)]
+def looks(axes):
+    """Colour and marker of each group."""
+    return {(tuple(c.get_facecolor()[0]), len(c.get_paths()[0].vertices)) for c in axes.collections if isinstance(c, PathCollection)}
+
+
+@pytest.mark.parametrize("paper, most", [(False, 24), (True, 8)])
+def test_cluster_map_greys_what_it_cannot_tell_apart_largest_first(paper, most):
+    labels = np.repeat(np.arange(30), np.arange(1, 31))
+    (axes,) = plots.cluster_map(spots(465), labels, paper=paper).axes
+    left = 31 - most
+    expected = [(f"{i} ({i + 1})", i + 1) for i in range(29, left - 1, -1)]
+    assert list(dots(axes).items()) == [*expected, (f"{left} others ({left * (left + 1) // 2})", left * (left + 1) // 2)]
+    assert len(looks(axes)) == most
+    (axes,) = plots.cluster_map(spots(465), np.minimum(labels, most - 1), paper=paper).axes
+    assert len(dots(axes)) == len(looks(axes)) == most
+
+
+def test_few_labels_keep_their_colours_whatever_their_sizes_and_red_is_not_blue():
+    def colours(labels):
+        (axes,) = plots.cluster_map(spots(len(labels)), labels).axes
+        return {c.get_label().split()[0]: tuple(c.get_facecolor()[0][:3]) for c in axes.collections}
+
+    assert colours(["x", "y", "y"]) == colours(["x", "x", "y"])
+    assert colours(["yellow", "blue", "red"]) == {n: tuple(to_rgb(plots.HUES[n])) for n in ("blue", "red", "yellow")}
+
+
+def test_the_seven_largest_named_prototypes_bear_their_numbers_at_their_middle():
+    labels, xy = np.repeat(np.arange(10), np.arange(10, 0, -1)), spots(55)
+    names = [f"{i} · word{i} {'x' * 40}" for i in range(10)]
+    (axes,) = plots.cluster_map(xy, labels, names=names).axes
+    found = {text.get_text(): text.xy for text in axes.texts}
+    assert list(found) == [str(i) for i in range(7)]
+    np.testing.assert_allclose(found["3"], np.median(xy[labels == 3], axis=0))
+    assert all(len(label) < 45 and f"word{i}" in label for i, label in enumerate(dots(axes)))
+
+
+def test_several_colourings_are_panels_of_one_map():
+    xy = spots(6)
+    figure = plots.cluster_map(xy, {"shape": list("aabbcc"), "disagreement": list("yyyyyn")})
+    assert [axes.get_title() for axes in figure.axes] == ["shape", "disagreement"]
+    assert [dots(axes) for axes in figure.axes] == [{"a (2)": 2, "b (2)": 2, "c (2)": 2}, {"n (1)": 1, "y (5)": 5}]
+    for axes in figure.axes:
+        np.testing.assert_array_equal(
+            np.concatenate([c.get_offsets() for c in axes.collections][:1]), xy[:2] if axes is figure.axes[0] else xy[5:]
+        )
+
+
+def test_several_moments_are_panels_on_common_axes_with_one_legend():
+    maps = {"episode 1": spots(8), "episode 2": 5 * spots(8, seed=1)}
+    figure = plots.cluster_map(maps, [0, 1] * 4, title="Through training", method="pca")
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+    assert [axes.get_title() for axes in figure.axes] == [*maps]
+    assert sum(axes.get_legend() is not None for axes in figure.axes) == 1
+    for axes, xy in zip(figure.axes, maps.values(), strict=True):
+        np.testing.assert_allclose(axes.collections[1].get_offsets(), xy[1::2])
+    assert "Through training" in words(figure)
+
+
+def test_rows_left_out_of_a_map_are_not_drawn_and_said_to_be():
+    xy = spots(12)
+    xy[[2, 8]] = np.nan
+    figure = plots.joint_map(xy, np.arange(12) >= 6, gap=0.5)
+    assert len(figure.axes[0].lines) == 5
+    assert "5 of 5 pairs" in words(figure) and "10 points of 12, stratified" in words(figure)
+
+
+def test_the_gap_arrow_joins_the_two_means():
+    xy = spots(10)
+    axes = plots.joint_map(xy, [False] * 5 + [True] * 5, gap=0.25).axes[0]
+    arrow, name = axes.texts
+    np.testing.assert_allclose([arrow.xyann, arrow.xy], [xy[:5].mean(axis=0), xy[5:].mean(axis=0)])
+    assert name.get_text() == "gap 0.250"
+    assert not plots.joint_map(xy, [False] * 5 + [True] * 5).axes[0].texts
+
+
+def test_an_animation_carries_points_from_map_to_map_and_rests_at_each(tmp_path):
+    places = [0.1, 0.9, 0.4]
+    maps = {f"episode {i}": np.array([[0, 0], [1, 1], [x, 0.5]]) for i, x in enumerate(places)}
+    found = plots.moving_map(maps, ["corner", "corner", "mover"], steps=4, method="pca")
+    found.savefig(tmp_path / "moving.png")
+    image = Image.open(io.BytesIO((tmp_path / "moving.gif").read_bytes()))
+    across, stay = [], []
+    for i in range(image.n_frames):
+        image.seek(i)
+        red, _, blue = np.asarray(image.convert("RGB"), int).transpose(2, 0, 1)
+        across.append(np.nonzero((red - blue > 100)[:, :600])[1].mean())  # the legend is farther to the right
+        stay.append(image.info["duration"])
+    assert (image.format, stay) == ("GIF", [1500, 60, 60, 60, 1500, 60, 60, 60, 1500])
+    rest = np.array(across)[[0, 4, 8]]
+    np.testing.assert_allclose((rest - rest[0]) / (rest[1] - rest[0]), [0, 1, 0.3 / 0.8], atol=0.02)
+    assert (np.diff(across[:5]) > 0).all() and (np.diff(across[4:]) < 0).all()
+    assert found._repr_html_().startswith('<img alt="animation" src="data:image/gif;base64,R0lGOD')
+
+
+def test_an_animation_of_one_map_stands_still():
+    assert Image.open(io.BytesIO(plots.moving_map({"only": spots(9)}, [0] * 9))).n_frames == 1
+
+
+def test_sizes_are_told_with_empties():
+    figure = plots.cluster_sizes({"image": np.array([3, 0, 9, 1]), "text": np.array([5, 5])})
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [9, 3, 1, 0])
+    for said in ("image: 4 clusters, 1 empty, median 2, largest 9", "text: 2 clusters, 0 empty, median 5, largest 5"):
+        assert said in words(figure)
+
+
+def test_a_small_table_has_numbers_and_a_large_one_none():
+    table = pd.DataFrame([[1.0, -0.001], [0.25, np.nan]], ["image", "text"], ["a", "b"])
+    figure = plots.heat_map(table.rename_axis("rows"), title="AMI")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.00", "0.00", "0.25", "nan"]
+    np.testing.assert_array_equal(np.asarray(figure.axes[0].images[0].get_array())[:, 0], [1, 0.25])
+    assert {"image", "text", "a", "b", "rows", "AMI"} <= set(words(figure).split("\n"))
+    assert not plots.heat_map(pd.DataFrame(np.eye(13))).axes[0].texts
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5), (5, 2)])
+def test_the_diagonal_holds_the_most_that_any_order_can_bring_there_largest_first(shape):
+    table = pd.DataFrame(np.random.default_rng(shape[1]).integers(0, 30, shape))
+    ordered = plots.on_the_diagonal(table)
+    diagonal = np.diag(ordered)
+    rows, columns = (range(n) for n in shape)
+    short = min(shape)
+    best = max(
+        sum(table.iloc[i, j] for i, j in zip(a, b, strict=True))
+        for a in (permutations(rows, short))
+        for b in ([tuple(columns)[:short]] if shape[1] == short else permutations(columns, short))
+    )
+    assert diagonal.sum() == best and (np.diff(diagonal) <= 0).all()
+    pd.testing.assert_frame_equal(ordered.sort_index().sort_index(axis=1), table)
+
+
+def test_soft_targets_show_both_over_the_five_heaviest_prototypes():
+    teacher = np.array([[0.0, 0.7, 0.3, 0.0, 0.0, 0.0, 0.0]])
+    student = np.array([[0.4, 0.1, 0.0, 0.0, 0.2, 0.29, 0.01]])
+    names = [f"{i} · name" for i in range(7)]
+    figure = plots.soft_targets([Image.new("RGB", (4, 4))], [r"a $\nomath$ heart"], names, teacher, student, title="both")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [names[i] for i in (1, 0, 2, 5, 4)]
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert widths == {"teacher": [0.7, 0, 0.3, 0, 0], "student": [0.1, 0.4, 0, 0.29, 0.2]}
+    assert len(axes.child_axes[0].images) == 1
+    said = words(figure)
+    assert r"a $\nomath$ heart" in said and "both" in said and "student" in said
+
+
+def test_without_prototypes_there_is_a_word_instead_of_soft_targets():
+    assert "No prototypes" in words(plots.soft_targets([], [], [], [], []))
+
+
+def test_gap_sweep_draws_each_measure_with_its_interval_for_each_set():
+    rows = []
+    for dataset, name in (("shapes", "text_to_image_R@1"), ("shape", "top1"), ("colour", "top1")):
+        for share in (0.5, -1.0, 0.0):
+            value = share + len(dataset)
+            rows.append(
+                {"dataset": dataset, "measure": f"gap_sweep_{name}@{share:+.2f}", "value": value, "low": value - 1, "high": value + 2}
+            )
+    rows.append({"dataset": "shape", "measure": "gap", "value": 7.0, "low": 6.0, "high": 8.0})
+    figure = plots.gap_sweep(pd.DataFrame(rows), paper=True)
+    recall, top1 = figure.axes
+    assert [recall.get_title(), top1.get_title()] == ["text to image R@1", "top1"]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in top1.lines if len(line.get_xdata()) == 3}
+    assert drawn == {n: [[s, s + len(n)] for s in (-1.0, 0.0, 0.5)] for n in ("shape", "colour")}
+    band = np.concatenate([path.vertices for collection in recall.collections for path in collection.get_paths()])
+    assert {tuple(corner) for corner in band} >= {(s, s + 6 + d) for s in (-1, 0, 0.5) for d in (-1, 2)}
+
+
+def training_rows():
+    for episode in (1, 2, 3, 4):
+        for step in (1, 2, 3):
+            at = 3 * (episode - 1) + step
+            yield {"kind": "step", "episode": episode, "step": at, "loss/clip": 10.0 - at, "accuracy/a": 0.5}
+        yield {"kind": "episode", "episode": episode, "step": at, "loss/clip": 99.0, "accuracy/a": episode / 4, "gap": 1 / episode}
+
+
+def test_training_curves_mark_warm_up_episodes_and_the_locked_stage():
+    figure = plots.training_curves(pd.DataFrame(training_rows()), 1, 4)
+    loss, accuracy, gap = figure.axes
+    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[at, 10 - at] for at in range(1, 13)])
+    np.testing.assert_array_equal(accuracy.lines[0].get_xydata(), [[3, 0.25], [6, 0.5], [9, 0.75], [12, 1]])
+    np.testing.assert_array_equal(gap.lines[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    assert [line.get_xdata()[0] for line in gap.lines[1:]] == [3, 6, 9]
+    stages = {patch.get_label(): (patch.get_x(), patch.get_x() + patch.get_width()) for patch in gap.patches}
+    assert stages == {"warm-up": (0, 3), "image tower locked": (9, 12)}
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [*stages]
+
+
+def test_training_curves_of_a_training_that_has_just_begun():
+    first = pd.DataFrame(list(training_rows())[:2])
+    figure = plots.training_curves(first, 2, 4)
+    assert [axes.get_title() for axes in figure.axes] == ["loss/clip", "accuracy/a"]
+    assert {patch.get_label() for patch in figure.axes[0].patches} == {"warm-up"}
+    assert "no values" in words(figure)
+    assert not plots.training_curves(first).axes[0].patches
+
+
+PAPER = {
+    "joint_map": lambda **o: plots.joint_map(spots(40), np.arange(40) >= 20, gap=0.5, **o),
+    "cluster_map": lambda **o: plots.cluster_map(
+        spots(40), np.arange(40) % 20, names=[f"{i} · a few long words" for i in range(20)], **o
+    ),
+    "panels": lambda **o: plots.cluster_map(spots(40), {"shape": np.arange(40) % 8, "disagreement": np.arange(40) % 2}, **o),
+    "moments": lambda **o: plots.cluster_map({"a": spots(40), "b": spots(40)}, np.arange(40) % 8, title="Through", **o),
+    "sheet": lambda **o: plots.prototype_sheet(
+        [[Image.new("RGB", (9, 9))] * 2], [["one", "two"]], ["17 · word\n3 of 9"], headings={"near": 0}, **o
+    ),
+    "sizes": lambda **o: plots.cluster_sizes({"image": np.arange(9)}, **o),
+    "heat": lambda **o: plots.heat_map(pd.DataFrame(np.eye(7), list("abcdefg"), list("abcdefg")), **o),
+    "soft": lambda **o: plots.soft_targets(
+        [Image.new("RGB", (9, 9))] * 2, ["a", "b"], list("cdef"), np.eye(4)[:2], np.eye(4)[1:3], **o
+    ),
+    "curves": lambda **o: plots.progress_curves(measurements(), ["gap", "loss_proto"], **o),
+    "training": lambda **o: plots.training_curves(pd.DataFrame(training_rows()), 1, 3, **o),
+    "comparison": lambda **o: plots.comparison(pd.DataFrame({"arm": ["a", "a", "b"], "x": [1.0, 2.0, 3.0]}), **o),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_for_paper_a_figure_is_a_column_wide_in_seven_points_and_a_vector_pdf_with_letters(name, tmp_path):
+    figure = PAPER[name](paper=True)
+    assert figure.paper and figure.get_figwidth() == 3.35
+    figure.savefig(tmp_path / "figure.pdf")
+    assert {text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()} == {7.0}
+    pdf = (tmp_path / "figure.pdf").read_bytes()
+    assert b"/Type /Font" in pdf and b"/Subtype /Type3" not in pdf and b"/CIDFontType2" in pdf
+    inside = figure.get_tightbbox()
+    assert -0.01 <= inside.x0 and inside.x1 <= 3.36 and -0.01 <= inside.y0 and inside.y1 <= figure.get_figheight() + 0.01
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_for_a_notebook_a_figure_is_at_most_a_cell_wide(name):
+    figure = PAPER[name]()
+    assert not figure.paper and figure.get_figwidth() <= 9
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    inside = figure.get_tightbbox()
+    assert -0.01 <= inside.x0 and inside.x1 <= 9.01 and -0.01 <= inside.y0 and inside.y1 <= figure.get_figheight() + 0.01
 
 
 @pytest.mark.parametrize(("names", "label"), [(None, "2 (9)"), (["zero", "one", "two"], "two (9)")])
@@ -126,13 +389,23 @@ def test_sheet_shows_each_sample_with_its_caption_and_says_which_prototype_is_em
     long = "two children play on the grass near a house while an elderly couple watch them from the bench by the lake"
     captions = [["a red thing", r"costs $\nomath$", long * 2], [], ["日本 tea"]]
     names = ["prototype 17\n34 samples", "prototype 3\n0 samples", "prototype 9"]
-    figure = plots.prototype_sheet([images, [], images[:1]], captions, names)
+    figure = plots.prototype_sheet([images, [], [*images[:1]]], captions, names)
     under = [axes.texts[0].get_text() for axes in figure.axes if axes.images]
     assert [text.split()[0] for text in under] == ["a", "costs", "two", "□□"]
     said = words(figure)
     for expected in (*names, "a red thing", r"costs $\nomath$", "two children", "…", "no members", "□□ tea"):
         assert expected in said
-    assert long[-20:] not in said.replace("\n", " ")
+    assert (long * 2)[:180] not in said.replace("\n", " ")
+
+
+def test_a_sheet_leaves_a_place_free_and_names_its_columns():
+    red, blue = Image.new("RGB", (20, 12), "red"), Image.new("RGB", (20, 12), "blue")
+    figure = plots.prototype_sheet([[red, None, blue]], [["near", "", "twin"]], ["17"], headings={"nearest": 0, "its twin": 2})
+    name, first, free, second = figure.axes
+    assert [len(axes.images) for axes in figure.axes] == [0, 1, 0, 1]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["", "nearest", "", "its twin"]
+    figure.savefig(io.BytesIO())
+    assert free.get_position().width < 0.5 * first.get_position(original=True).width
 
 
 def measurements():

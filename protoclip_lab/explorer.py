@@ -1,0 +1,200 @@
+"""A run walked through by hand in JupyterLab: a map of its samples, their pictures, and what lies near what."""
+
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython import display, get_ipython
+from ipywidgets import HTML, Box, Button, Dropdown, Output, Text, VBox, link
+
+from protoclip_lab import encoders, plots
+from protoclip_lab.snapshot import Snapshot, open_snapshot
+
+PICTURES = 12  # at a time
+NEAREST = 5  # captions and prototypes
+EDGES = (-1.1, 1.1)  # of the map, whose points lie within -1 and 1
+OTHERS = "others"  # groups beyond the palette, in the legend
+
+_load = lru_cache(2)(encoders.load)
+
+
+def explore(
+    run: str | Path, *, other: str | Path = "", checkpoint: str | Path = "", static: bool | None = None, **options: Any
+) -> Box | None:
+    """Walk through a run by hand: a map to click and select on, pictures with captions, search by caption.
+
+    Args:
+        other: a second run, shown beside the first on the same samples.
+        checkpoint: of the first run, to begin with; empty takes the latest.
+        static: True displays figures instead; None does so where nobody sits in front of the notebook.
+        options: samples, seed, labels and method, as in :func:`protoclip_lab.snapshot.open_snapshot`.
+
+    Raises:
+        ValueError: the two runs have different tables.
+    """
+    shown = [open_snapshot(run, checkpoint=checkpoint, **options)] + ([open_snapshot(other, **options)] if other else [])
+    if shown[0].pairs.fingerprint != shown[-1].pairs.fingerprint:
+        tables = " and ".join(f"{s.run.path} has {s.pairs.source} ({len(s.pairs):,} pairs, {s.pairs.fingerprint[:4]}…)" for s in shown)
+        raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
+    if not _attended() if static is None else static:
+        for snapshot in shown:
+            display.display(snapshot.cluster_maps()["prototypes"], snapshot.sheet())
+        return None
+    views = [View(snapshot, options) for snapshot in shown]
+    for view in views:
+        view.views = views
+        for name in ("modality", "colouring", "caption"):
+            link((getattr(views[0], name), "value"), (getattr(view, name), "value"))
+    return Box([HTML(f"<style>{(Path(__file__).parent / 'templates' / 'explorer.css').read_text('utf-8')}</style>"), *views])
+
+
+class View(VBox):
+    """One run in the explorer; ``options`` are those of :func:`protoclip_lab.snapshot.open_snapshot`.
+
+    Attributes:
+        checkpoint, modality, colouring, prototype, caption: the controls.
+        rows: what is shown, places in the sample; first the nearest, where there is an order.
+        views: those that follow what is chosen here, itself among them.
+    """
+
+    def __init__(self, snapshot: Snapshot, options: dict[str, Any]) -> None:
+        from jscatter import Scatter
+
+        self.snapshot, self.options, self.rows, self.views = snapshot, options, [], [self]
+        checkpoints = {folder.name: folder for folder in [*snapshot.run.checkpoints(), snapshot.checkpoint]}
+        self.checkpoint = Dropdown(description="Checkpoint", options=checkpoints, value=snapshot.checkpoint)
+        self.modality = Dropdown(description="Map of", options={"images": "image", "texts": "text", "both": "joint"})
+        self.prototype = Dropdown(description="Prototype")
+        self.caption = Text(description="Find images", placeholder="a caption, then Enter", continuous_update=False)
+        self.title, self.near, self.problems = HTML(), HTML().add_class("protoclip-near"), Output()
+        self.cards = [VBox([HTML(), Button()]).add_class("protoclip-card") for _ in range(PICTURES)]
+        self._read()
+        self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
+        look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "x_scale": EDGES, "y_scale": EDGES}
+        hover = {
+            "tooltip": True,
+            "tooltip_properties": self.colouring.options,
+            "tooltip_preview": "caption",
+            "tooltip_histograms": False,
+        }
+        self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **hover)
+        self._draw()
+
+        reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}
+        reactions |= {self.prototype: self._show_prototype, self.caption: self._find}
+        for control, react in reactions.items():
+            control.observe(self._reporting(react), "value")
+        self.scatter.widget.observe(self._reporting(self._show_selected), "selection")
+        for place, card in enumerate(self.cards):
+            card.children[1].on_click(self._reporting(lambda _, place=place: self._share([self.rows[place]], "1 sample picked")))
+
+        wrap, half = {"flex_flow": "row wrap"}, {"flex": "1 1 400px", "min_width": "0"}
+        found = VBox([self.title, Box(self.cards, layout=wrap), self.near], layout=half)
+        seen = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
+        heading = HTML(f"<b>{escape(snapshot.run.path.name)}</b>")
+        super().__init__([heading, Box([*reactions], layout=wrap), self.problems, seen], layout=half)
+
+    def show(self, rows: Sequence[int], title: str, source: Any = None) -> None:
+        """Show samples on the map and the first as pictures with captions; of a single one, what lies near it."""
+        self.rows, self.title.value = list(rows), f"<b>{escape(title)}</b>"
+        for control, nothing in ((self.prototype, None), (self.caption, "")):
+            if control is not source:
+                control.value = nothing
+        self.scatter.selection(np.flatnonzero(self.table["sample"].isin(self.rows)))
+        for card, row in zip_longest(self.cards, self.rows[:PICTURES]):
+            card.layout.display = "none" if row is None else None
+            if row is not None:
+                image, caption = self.snapshot.pairs[self.snapshot.rows[row]]
+                image.thumbnail((112, 112))
+                picture, button = card.children
+                picture.value = f'<img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(image._repr_png_()).decode()}">'
+                button.description = button.tooltip = caption
+        self.near.value = self._neighbours(self.rows[0]) if len(self.rows) == 1 else ""
+
+    def _share(self, rows: Sequence[int], title: str, source: Any = None) -> None:
+        for view in self.views:
+            view.show(rows, title, source)
+
+    def _reporting(self, react: Callable) -> Callable:
+        """JupyterLab hides what a callback prints or raises: here it stands under the controls."""
+        return self.problems.capture(clear_output=True)(react)
+
+    def _open(self, _: Any) -> None:
+        self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=self.checkpoint.value, **self.options)
+        self._draw()
+
+    def _read(self) -> None:
+        snapshot, joint = self.snapshot, self.modality.value == "joint"
+        modality = "image" if joint else self.modality.value
+        (self.assigned, self.centroids, self.features), self.names = snapshot.prototypes(modality), snapshot.names(modality)
+        colourings = snapshot.colourings(modality) | {"prototype": np.array(self.names)[self.assigned]}
+        table = pd.DataFrame({name: _legend(values) for name, values in colourings.items()})
+        table["caption"], table["sample"] = [snapshot.pairs.caption(row) for row in snapshot.rows], table.index
+        kinds = ["image", "text"] if joint else [modality]
+        table = pd.concat([table] * len(kinds)).assign(modality=_legend(np.repeat(kinds, len(table))))
+        xy = snapshot.xy(self.modality.value)
+        low, high = np.nanmin(xy, axis=0), np.nanmax(xy, axis=0)
+        table[["x", "y"]] = (2 * xy - low - high) / (high - low)
+        self.table = table.dropna(subset="x")  # of a large sample a part is on the map
+        self.prototype.value = None
+        sizes = pd.Series(self.assigned).value_counts().items()
+        self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
+
+    def _draw(self, _: Any = None) -> None:
+        self._read()
+        self.scatter.data(self.table).widget.reset_view()
+        self._colour()
+        self.show([], "Click a point, drag a box, choose a prototype or type a caption")
+
+    def _colour(self, _: Any = None) -> None:
+        groups = self.table[self.colouring.value].cat.categories
+        colours = [*plots.PALETTE[:-1], "#BBBBBB"] if OTHERS in groups else plots.PALETTE
+        self.scatter.color(by=self.colouring.value, map=list(colours[: len(groups)]))
+
+    def _show_prototype(self, change: dict) -> None:
+        if (prototype := change["new"]) is not None:
+            members = np.flatnonzero(self.assigned == prototype)
+            nearest = (self.features[members] - self.centroids[prototype]).norm(dim=1).argsort(stable=True)
+            self._share(members[nearest], f"Prototype {self.names[prototype]}: {len(members):,} samples, nearest first", self.prototype)
+
+    def _show_selected(self, change: dict) -> None:
+        rows = self.table["sample"].iloc[change["new"]].unique()
+        if set(rows) != set(self.rows):  # the front end may repeat what it was told
+            self._share(rows, f"{len(rows):,} samples selected")
+
+    def _find(self, change: dict) -> None:
+        if caption := change["new"].strip():
+            text = encoders.encode_texts(_load(self.snapshot.checkpoint), [caption], progress=False)[0]
+            nearest = (self.snapshot.features.image @ text).argsort(descending=True)[:PICTURES]
+            self.show(nearest.tolist(), f"Images nearest to “{caption}”", self.caption)
+
+    def _neighbours(self, row: int) -> str:
+        """What lies near one image, as HTML."""
+        cosine = self.snapshot.features.text @ self.snapshot.features.image[row]
+        distance = (self.centroids - self.features[row]).norm(dim=1)
+        near = {i: self.snapshot.pairs.caption(self.snapshot.rows[i]) for i in cosine.argsort(descending=True)[:NEAREST].tolist()}
+        captions = [f"{escape(caption)} ({cosine[i]:.2f}{', its own' if i == row else ''})" for i, caption in near.items()]
+        prototypes = [f"{escape(self.names[p])} ({distance[p]:.2f})" for p in distance.argsort()[:NEAREST].tolist()]
+        lists = {"Nearest captions (cosine)": captions, "Nearest prototypes (distance)": prototypes}
+        return "".join(f"<b>{title}</b><ol><li>{'</li><li>'.join(found)}</li></ol>" for title, found in lists.items())
+
+
+def _attended() -> bool:
+    """Whether someone could answer this kernel: nbclient, and so papermill, lets it ask nothing."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
+
+
+def _legend(values: Sequence) -> pd.Categorical:
+    """Values with their numbers, the commonest first; of more than the palette has colours, the rest as one."""
+    values = pd.Series(values).astype(str)
+    sizes = values.value_counts()
+    told_apart = sizes if len(sizes) <= len(plots.PALETTE) else sizes[: len(plots.PALETTE) - 1]
+    names = {value: f"{value} ({size:,})" for value, size in told_apart.items()}
+    return pd.Categorical(values.map(names).fillna(OTHERS), [*names.values(), *[OTHERS] * (len(sizes) > len(names))])

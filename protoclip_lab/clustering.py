@@ -1,22 +1,19 @@
 """K-means over an episode's features, and prototypical back translation: pure functions of features."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip_lab.randomness import derive, torch_generator
+from protoclip_lab.config import require
+from protoclip_lab.randomness import derive, numpy_generator
 
 # Distances held at once by the torch engine: 2**24 floats are 64 MiB.
 BLOCK_ELEMENTS = 2**24
 AUTO = "auto"  # the engine that suits the features' device
-# How far the two halves of a split cluster move apart, as a share of each coordinate (faiss's own constant).
-SPLIT = 1 / 1024
 
 
-@dataclass
-class Clusters:
+class Clusters(NamedTuple):
     """What k-means found."""
 
     labels: Tensor  # (N,) int64: nearest of `centroids`
@@ -47,24 +44,18 @@ def kmeans(
         :class:`Clusters` on the features' device.
 
     Raises:
-        ValueError: k > N, k < 1, NaN or Inf among the features, or an unknown engine.
+        ValueError: k > N, k < 1, NaN or Inf among the features.
     """
     features = torch.as_tensor(features).detach().float().contiguous()
-    rows = len(features)
-    if not 1 <= k <= rows:
-        raise ValueError(f"k = {k} clusters cannot be made of {rows} rows: choose 1 ≤ k ≤ {rows}")
+    require(1 <= k <= len(features), f"k = {k} clusters cannot be made of {len(features)} rows")
     if len(bad := (~torch.isfinite(features).all(dim=1)).nonzero()):
         raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf")
-    if init is not None and init.shape != (k, features.shape[1]):
-        raise ValueError(f"init has shape {tuple(init.shape)}, expected {(k, features.shape[1])}")
     if engine == AUTO:
         import faiss
 
         engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
-    if engine not in ("faiss", "torch"):
-        raise ValueError(f"engine {engine!r} is none of 'auto', 'faiss', 'torch'")
-    run = _faiss_kmeans if engine == "faiss" else _torch_kmeans
-    labels, centroids = run(features, k, iterations, 1 if init is not None else restarts, seed, init)
+    run = {"faiss": _faiss_kmeans, "torch": _torch_kmeans}[engine]
+    labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init)
     return Clusters(labels, centroids, torch.bincount(labels, minlength=k), _objective(features, labels, centroids))
 
 
@@ -79,18 +70,10 @@ def back_translate(labels: Tensor, features: Tensor, k: int) -> Tensor:
         k: number of clusters.
 
     Returns:
-        C, (k, d), float32 (float64 stays); rows of empty clusters are zeros.
-
-    Raises:
-        ValueError: lengths differ, or a label lies outside [0, k).
+        C, (k, d); rows of empty clusters are zeros.
 
     Source: ProtoCLIP (arXiv 2206.10996), PBT.
     """
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"{len(labels)} labels for {len(features)} features")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, outside [0, {k})")
-    features = features if features.dtype == torch.float64 else features.float()
     sums = features.new_zeros(k, features.shape[1]).index_add_(0, labels, features)
     return sums / torch.bincount(labels, minlength=k).clamp(min=1).unsqueeze(1)
 
@@ -104,10 +87,8 @@ def nearest(features: Tensor, centroids: Tensor) -> Tensor:
 
 def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
     # Not from the engines' own distances: those expand |x|² − 2x·c + |c|² and lose digits near a centroid.
-    rows = max(1, BLOCK_ELEMENTS // features.shape[1])
-    parts = zip(features.split(rows), labels.split(rows), strict=True)
-    # float64 on the CPU: not every device has it.
-    return float(sum((x - centroids[y]).square().sum(dim=1).cpu().double().sum() for x, y in parts))
+    # Summed in float64 on the CPU: not every device has it.
+    return float((features - centroids[labels]).square().sum(dim=1).cpu().double().sum())
 
 
 def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
@@ -121,31 +102,21 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     search = {"niter": iterations, "nredo": restarts, "gpu": features.is_cuda and faiss.get_num_gpus() > 0}
     engine = faiss.Kmeans(array.shape[1], k, seed=derive(seed, "kmeans") % 2**31, **search, **all_rows)
     engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
-    found = engine.index.search(array, 1)[1][:, 0], np.ascontiguousarray(engine.centroids)
-    return tuple(torch.from_numpy(array).to(features.device) for array in found)
+    return tuple(torch.from_numpy(found).to(features.device) for found in (engine.assign(array)[1], engine.centroids))
 
 
 def _torch_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
+    from faiss.contrib.clustering import reassign_centroids
+
     found = []
     for restart in range(restarts):
-        generator = torch_generator(seed, "kmeans", restart)
-        centroids = features[torch.randperm(len(features), generator=generator)[:k]] if init is None else init.to(features)
+        draws = numpy_generator(seed, "kmeans", restart)
+        centroids = features[draws.permutation(len(features))[:k]] if init is None else init.to(features)
         for _ in range(iterations):
             labels = nearest(features, centroids)
-            sizes = torch.bincount(labels, minlength=k)
-            centroids = _split_empty(back_translate(labels, features, k), sizes, generator)
+            # An empty cluster takes half of one drawn in proportion to its size. On the host: faiss 1.8 does it for NumPy alone.
+            means = back_translate(labels, features, k).cpu().numpy()
+            reassign_centroids(torch.bincount(labels, minlength=k).cpu().numpy(), means, draws)
+            centroids = torch.from_numpy(means).to(features.device)
         found.append((nearest(features, centroids), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))
-
-
-def _split_empty(centroids: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """Give each empty cluster one half of a cluster drawn in proportion to its size (less one)."""
-    sizes = sizes.cpu().double()
-    shift = 1 + SPLIT * (1 - 2 * (torch.arange(centroids.shape[1], device=centroids.device) % 2))
-    for cluster in (sizes == 0).nonzero()[:, 0].tolist():
-        donor = int(torch.multinomial((sizes - 1).clamp(min=0), 1, generator=generator))
-        centroids[cluster] = centroids[donor] * shift
-        centroids[donor] = centroids[donor] * (2 - shift)
-        sizes[cluster] = sizes[donor] / 2
-        sizes[donor] -= sizes[cluster]
-    return centroids

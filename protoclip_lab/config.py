@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +15,18 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     return max(names, key=lambda other: difflib.SequenceMatcher(None, str(name).lower(), str(other).lower()).ratio())
 
 
+def require(holds: Any, message: str) -> None:
+    """Raise ValueError with this message unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def require_known(name: str, names: Collection[str], message: str) -> None:
+    """Raise ValueError with this message and the nearest of ``names`` unless ``name`` is one of them."""
+    if name not in names:
+        raise ValueError(f"{message}; the nearest valid name is {nearest_name(name, names)!r}")
+
+
 class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespaces=()):
     """A pydantic model whose errors name the nearest valid setting or value."""
 
@@ -22,17 +34,13 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespa
     @classmethod
     def _name_the_nearest(cls, given: Any) -> Any:
         for name, value in given.items() if isinstance(given, dict) else ():
-            if name not in cls.model_fields:
-                near = nearest_name(name, cls.model_fields)
-                raise ValueError(f"unknown setting {name!r} of {cls.__name__}; the nearest valid name is {near!r}")
+            require_known(name, cls.model_fields, f"unknown setting {name!r} of {cls.__name__}")
             field = cls.model_fields[name]
-            choices = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
-            if isinstance(value, str) and choices and value not in choices:
-                raise ValueError(f"{name} = {value!r} is not in {choices}; the nearest valid value is {nearest_name(value, choices)!r}")
+            if get_origin(field.annotation) is Literal and isinstance(value, str):
+                require_known(value, get_args(field.annotation), f"{name} = {value!r} is not in {list(get_args(field.annotation))}")
             for bound in field.metadata if isinstance(value, int | float) else ():
                 near = min(max(getattr(bound, "ge", -math.inf), value), getattr(bound, "le", math.inf))
-                if near != value:
-                    raise ValueError(f"{name} = {value} is out of range; the nearest valid value is {near}")
+                require(near == value, f"{name} = {value} is out of range; the nearest valid value is {near}")
         return given
 
 
@@ -130,28 +138,14 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
-        for k in [self.k, *(teacher.k or 1 for teacher in self.teachers)]:
-            ks = k if isinstance(k, list) else [k]
-            near = [max(1, x) for x in ks] or [1]
-            if ks != near:
-                raise ValueError(f"k = {k} is out of range; the nearest valid value is {near}")
-        step, size = self.batch_size * self.accumulation, self.episode_size or math.inf
-        if size < step:
-            raise ValueError(f"episode_size = {size} is smaller than a step of {step} = batch_size x accumulation")
-        if self.objective == "protoclip":
-            if self.teachers and not self.back_translation:
-                raise ValueError("external teachers need back_translation: their centroids lie in another space")
-            if (most := max([1, *(k for ks in self.teacher_ks().values() for k in ks)])) > size:
-                raise ValueError(f"k = {most} is more than episode_size = {size}; the nearest valid value is {size}")
-            if (start := self.lit_start_episode or math.inf) <= self.infonce_warmup_episodes:
-                raise ValueError(f"lit_start_episode = {start} leaves no episode for prototypes after those of infonce_warmup_episodes")
-        if self.text_end_episode is not None and self.text_end_episode < self.text_start_episode:
-            raise ValueError(f"text_end_episode = {self.text_end_episode} lies before text_start_episode")
-        if self.evaluate_every and not self.evaluation_sets:
-            raise ValueError("evaluate_every is set but evaluation_sets is empty: name what to evaluate on")
+        for k in self.teacher_ks().values():
+            require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
+        require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
+        start, end = self.text_start_episode, self.text_end_episode or math.inf
+        require(start <= end, f"text_end_episode = {end} lies before text_start_episode")
+        require(self.evaluation_sets or not self.evaluate_every, "evaluate_every is set but evaluation_sets is empty: name some")
         names = self.teacher_names()
-        if len({*names, "image", "text"}) < len(names) + 2:
-            raise ValueError(f"teacher names {names} must differ from each other and from 'image' and 'text'")
+        require(len({*names, "image", "text"}) == len(names) + 2, f"teacher names {names} must differ, and not be 'image' or 'text'")
         return self
 
     def teacher_names(self) -> list[str]:
@@ -165,10 +159,15 @@ class TrainConfig(Settings):
         return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
 
 
-def notebook_settings(namespace: dict[str, Any]) -> dict[str, Any]:
-    """A notebook's own variables: what its parameters cell and papermill have set, no imports, none of IPython's."""
-    own = {name: namespace[name] for name in namespace if not name.startswith("_") and name not in ("In", "Out")}
-    return {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
+def notebook_settings(namespace: dict[str, Any], known: Collection[str] = TrainConfig.model_fields) -> dict[str, Any]:
+    """A notebook's own variables: what its parameters cell and papermill have set, no imports, none of IPython's.
+
+    Run again in a live notebook, only what was there the first time may be mistyped: the rest was made by later cells.
+    """
+    own = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
+    own = {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
+    given = namespace.setdefault("_given", set(own))
+    return {name: value for name, value in own.items() if name in known or name in given}
 
 
 def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) -> Any:
@@ -180,8 +179,8 @@ def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) ->
     Raises:
         ValueError: a variable is no argument of the function; the nearest one is named.
     """
-    settings = notebook_settings(namespace)
     known = [name for taker in (function, *passed_to) for name in inspect.signature(taker).parameters]
-    if name := next((name for name in settings if name not in known), None):
-        raise ValueError(f"unknown parameter {name!r}; the nearest valid name is {nearest_name(name, known)!r}")
+    settings = notebook_settings(namespace, known)
+    for name in settings:
+        require_known(name, known, f"unknown parameter {name!r}")
     return function(**settings)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip_lab.config import require
+
 # Rows of the (K, K) teacher distribution held at once by `expected_prototypes`: 2**24 floats are 64 MiB.
 BLOCK_ELEMENTS = 2**24
 
@@ -25,14 +27,13 @@ def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: 
         The mean over the batch, a scalar.
 
     Raises:
-        ValueError: shapes that do not fit, or no cluster is occupied.
+        ValueError: ``features`` and ``targets`` differ in shape.
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6; the contraction is ours.
     """
-    if targets.shape != features.shape or centroids.shape[1:] != features.shape[1:]:
-        found = [tuple(tensor.shape) for tensor in (features, targets, centroids)]
-        raise ValueError(f"features, targets and centroids have shapes {found}: expected (B, d), (B, d) and (K, d)")
-    features, centroids, targets = _at_least_float32(features, centroids, targets)
+    # Their product would broadcast.
+    require(targets.shape == features.shape, f"features and targets differ in shape: {[*features.shape]} and {[*targets.shape]}")
+    features, centroids, targets = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids, targets))
     logits = masked(scale * features @ centroids.T, occupied)
     return (torch.logsumexp(logits, dim=1) - scale * (features * targets).sum(dim=1)).mean()
 
@@ -62,8 +63,7 @@ def prototype_loss_reference(
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6.
     """
-    h, C, T = _at_least_float32(features, centroids, teacher_centroids)
-    y = labels
+    h, C, T, y = features, centroids, teacher_centroids, labels
     if occupied is not None:
         # Dropping the clusters, rather than masking them, leaves no -inf for 0 · -inf to turn into NaN.
         C, T, y = C[occupied], T[occupied], torch.cumsum(occupied, 0)[y] - 1
@@ -86,35 +86,17 @@ def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperatur
         occupied: (K,) bool; clusters without members take no part. Their own rows of M are never asked for.
 
     Returns:
-        M, (K, d), in the dtype of ``centroids``.
-
-    Raises:
-        ValueError: K differs between the two, or no cluster is occupied.
+        M, (K, d).
 
     Source: ProtoCLIP (arXiv 2206.10996), soft prototype targets; the contraction with C is ours.
     """
-    if len(teacher_centroids) != len(centroids):
-        raise ValueError(f"{len(teacher_centroids)} teacher centroids but {len(centroids)} student prototypes")
     if temperature <= 0:
         return centroids
-    teacher, student = _at_least_float32(teacher_centroids, centroids)
-    rows = max(1, BLOCK_ELEMENTS // len(teacher))
-    blocks = [F.softmax(masked(t @ teacher.T / temperature, occupied), dim=1) @ student for t in teacher.split(rows)]
-    return torch.cat(blocks).to(centroids.dtype)
+    blocks = teacher_centroids.split(max(1, BLOCK_ELEMENTS // len(centroids)))
+    soft = (F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) for block in blocks)
+    return torch.cat([p @ centroids for p in soft])
 
 
 def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:
-    """Logits (..., K) with -inf for clusters that are not ``occupied``; None masks nothing.
-
-    Raises:
-        ValueError: no cluster is occupied.
-    """
-    if occupied is None:
-        return logits
-    if not occupied.any():
-        raise ValueError("no cluster is occupied: there is nothing to teach")
-    return logits.masked_fill(~occupied, -torch.inf)
-
-
-def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
+    """Logits (..., K) with -inf for clusters that are not ``occupied``; None masks nothing."""
+    return logits if occupied is None else logits.masked_fill(~occupied, -torch.inf)

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +14,10 @@ from protoclip_lab import clustering, losses
 from protoclip_lab.randomness import derive
 
 STUDENTS = ("image", "text")
+TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")  # of Prototypes
 
 
-@dataclass
-class Teacher:
+class Teacher(NamedTuple):
     """How one teacher teaches: its name, how finely it clusters, how softly, and how much it counts."""
 
     name: str  # "image" | "text" | name of an external teacher
@@ -36,8 +36,7 @@ class Prototypes:
     teacher_centroids: Tensor  # (K, d_t) T
     centroids: Tensor  # (K, d) C, back-translated
     targets: Tensor  # (K, d) M, expected prototypes
-    # (K,) bool: has at least one member; None lets empty ones compete, as the authors' code does
-    occupied: Tensor | None
+    occupied: Tensor  # (K,) bool: takes part in both softmaxes, because it has a member or all are to
     weight: float
     carried: bool = False  # made in an earlier episode: the stored labels are of other samples
 
@@ -54,22 +53,20 @@ class Prototypes:
         """
         if not self.carried:
             return self.labels[positions]
-        kept = torch.ones(len(self.centroids)) if self.occupied is None else self.occupied
-        occupied = kept.nonzero()[:, 0].to(self.centroids.device)
+        occupied = self.occupied.nonzero()[:, 0]
         return occupied[clustering.nearest(teacher_features, self.teacher_centroids[occupied])]
 
     def loss(self, features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """The prototype loss of student ``features`` (B, d) whose teacher labels are ``labels`` (B,)."""
         return losses.prototype_loss(features, self.centroids, self.targets[labels], scale, occupied=self.occupied)
 
-    @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
         """Share of features whose nearest prototype (by inner product) is the teacher's."""
         return (losses.masked(features @ self.centroids.T, self.occupied).argmax(dim=1) == labels).float().mean()
 
 
 def construct(
-    features: dict[str, Tensor], teachers: list[Teacher], *, back_translation: bool = True, mask_empty: bool = True, **kmeans: Any
+    features: dict[str, Tensor], teachers: list[Teacher], seed: int, back_translation: bool = True, mask_empty: bool = True, **how: Any
 ) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -79,40 +76,26 @@ def construct(
         features: by name: "image" and "text" hold the students' (N, d) projected features h, other names an
             external teacher's (N, d_t) stored features, all of the same N samples.
         teachers: who teaches.
+        seed: of the episode; each teacher and k draws its own from it.
         back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
-        mask_empty: keep empty clusters out of both softmaxes.
-        kmeans: iterations, restarts, engine and seed of :func:`protoclip_lab.clustering.kmeans`; from this seed, the
-            episode's, each teacher and k draws its own.
+        mask_empty: keep empty clusters out of both softmaxes; False lets them compete, as the authors' code does.
+        how: iterations, restarts and engine of :func:`protoclip_lab.clustering.kmeans`.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
-
-    Raises:
-        ValueError: an external teacher without back translation.
     """
     records, clusters = [], {}
     for teacher in teachers:
-        if teacher.name not in STUDENTS and not back_translation:
-            raise ValueError(f"teacher {teacher.name!r} needs back_translation: its centroids lie in another space")
         for k in teacher.ks:
-            own_seed = {"seed": derive(kmeans.get("seed", 0), "clusters of", teacher.name, k)}
-            found = clustering.kmeans(features[teacher.name], k, **kmeans | own_seed)
+            found = clustering.kmeans(features[teacher.name], k, seed=derive(seed, "clusters of", teacher.name, k), **how)
             clusters[f"{teacher.name}_{k}"] = found
-            occupied = found.sizes > 0 if mask_empty else None
+            occupied = (found.sizes > 0) | (not mask_empty)
             for student in [s for s in STUDENTS if s != teacher.name]:
                 centroids = clustering.back_translate(found.labels, features[student], k) if back_translation else found.centroids
                 targets = losses.expected_prototypes(found.centroids, centroids, teacher.temperature, occupied=occupied)
                 made = (found.labels, found.centroids, centroids, targets, occupied)
                 records.append(Prototypes(student, teacher.name, *made, teacher.weight / len(teacher.ks)))
     return records, clusters
-
-
-def carry(records: Sequence[Prototypes]) -> list[Prototypes]:
-    """The same prototypes for an episode of other samples: labels become a matter of the nearest centroid."""
-    return [replace(record, carried=True) for record in records]
-
-
-TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")
 
 
 def of_modality(records: Sequence[Prototypes], modality: str) -> Tensor | None:
@@ -127,9 +110,8 @@ def of_modality(records: Sequence[Prototypes], modality: str) -> Tensor | None:
 
 def save(records: Sequence[Prototypes], folder: Path) -> None:
     """Write the prototypes in force into a checkpoint folder."""
-    tensors = {f"{index}/{key}": getattr(record, key) for index, record in enumerate(records) for key in TENSORS}
     # Clones: records share labels and centroids, which safetensors refuses to write twice.
-    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items() if value is not None}
+    tensors = {f"{i}/{key}": getattr(record, key).clone() for i, record in enumerate(records) for key in TENSORS}
     save_file(tensors, str(folder / "prototypes.safetensors"))
     about = [{"student": r.student, "teacher": r.teacher, "weight": r.weight} for r in records]
     (folder / "prototypes.json").write_text(json.dumps(about))
@@ -137,7 +119,6 @@ def save(records: Sequence[Prototypes], folder: Path) -> None:
 
 def load(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Prototypes]:
     """The prototypes in force when a checkpoint was written; none for plain CLIP."""
-    folder = Path(checkpoint)
-    tensors = load_file(folder / "prototypes.safetensors", device=str(device))
-    about = json.loads((folder / "prototypes.json").read_text())
-    return [Prototypes(**{key: tensors.get(f"{i}/{key}") for key in TENSORS}, **named, carried=True) for i, named in enumerate(about)]
+    tensors = load_file(Path(checkpoint, "prototypes.safetensors"), device=str(device))
+    about = json.loads(Path(checkpoint, "prototypes.json").read_text())
+    return [Prototypes(**{key: tensors[f"{i}/{key}"] for key in TENSORS}, **named, carried=True) for i, named in enumerate(about)]

@@ -22,7 +22,5 @@ def write_text(path: Path, text: str) -> None:
 def sync(path: Path) -> None:
     """Have what was written to a file or folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

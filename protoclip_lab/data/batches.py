@@ -21,9 +21,8 @@ def augmentation(name: str, size: int | Sequence[int], mean: Sequence[float], st
 
     Source: ProtoCLIP (arXiv 2206.10996), section on augmentation.
     """
-    if name not in ("plain", "light"):
-        raise ValueError(f"augmentation {name!r} is neither 'plain' nor 'light'")
-    random = [v2.RandomResizedCrop(size, (0.9 if name == "plain" else 0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC)]
+    scale = {"plain": (0.9, 1.0), "light": (0.5, 1.0)}[name]
+    random = [v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)]
     if name == "light":
         random += [v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2)]
         random += [v2.RandomGrayscale(p=0.2), v2.RandomApply([v2.GaussianBlur(21)], p=0.2)]
@@ -44,10 +43,7 @@ class Batches(Dataset):
     """
 
     def __init__(self, pairs: Pairs, transforms: dict[str, Transform], tokenizer: Callable, seed: int) -> None:
-        self.pairs = pairs
-        self.transforms = transforms
-        self.tokenizer = tokenizer
-        self.seed = seed
+        self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
 
     def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor]:
         transform, purpose, episode, rows = wanted
@@ -64,15 +60,14 @@ class Reader:
     """Reads batches ahead in worker processes, which start once and serve every stage of every episode."""
 
     def __init__(self, batches: Batches, *, workers: int, pin_memory: bool = False) -> None:
-        self._plan: list[tuple[str, str, int, np.ndarray]] = []
-        options = {"sampler": self._plan, "num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
-        generator = torch_generator(batches.seed, "workers")
+        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory, "worker_init_fn": _deaf}
+        # The sampler is the plan of a reading, filled in by `read`: a new loader would start the workers anew.
         # With a generator, or the loader would draw its workers' base seed from the global one.
-        self._loader = DataLoader(batches, batch_size=None, generator=generator, worker_init_fn=_deaf, **options)
+        self._loader = DataLoader(batches, sampler=[], batch_size=None, generator=torch_generator(batches.seed, "workers"), **options)
 
     def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[list[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""
-        self._plan[:] = [(transform, purpose, episode, batch) for batch in rows]
+        self._loader.sampler[:] = [(transform, purpose, episode, batch) for batch in rows]
         return iter(self._loader)
 
 

@@ -3,13 +3,11 @@
 import json
 import pickletools
 import re
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import yaml
@@ -20,7 +18,7 @@ from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import NO_PLACE, Pairs, fingerprint, index_tar, read_image
 from protoclip_lab.storage import write_text
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 Classes = str | Path | Sequence[str]
 
@@ -37,23 +35,22 @@ class Images(Sequence):
 
     Attributes:
         names: N, where each is; equal names are equal images.
-        read: index -> image; any Exception for one that is broken.
+        items: N, what ``read`` makes the images of.
+        read: item -> image; OSError for one that is missing or broken.
         fingerprint: SHA-256 over paths, sizes and times of change, for which no image is read; equal ones mean equal
             features.
     """
 
     names: list[str]
-    read: Callable[[int], Image.Image]
+    items: Sequence
+    read: Callable[..., Image.Image]
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Image.Image:
-        try:
-            return self.read(index)
-        except Exception as error:  # a decoder may raise anything on a broken file
-            raise OSError(f"{self.names[index]} is not a readable image: {error}. Replace it or take it out") from error
+        return self.read(self.items[index])
 
 
 class PairImages(Images):
@@ -68,14 +65,9 @@ class PairImages(Images):
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
-        paths, root = pairs.column("filepath"), pairs.root
-        names = [paths[row] for row in self.rows]
+        names = np.array(pairs.column("filepath"), object)[self.rows].tolist()
         # The table's own fingerprint does not say where its images are, nor whether they changed.
-        files = [root] if root.is_file() else [root / name for name in names]
-        super().__init__(names, self._read, _stamped(files, pairs.fingerprint))
-
-    def _read(self, index: int) -> Image.Image:
-        return self.pairs.image(self.rows[index])
+        super().__init__(names, self.rows, pairs.image, _stamped(pairs.root, names, pairs.fingerprint))
 
 
 @dataclass
@@ -96,38 +88,28 @@ class Labelled:
     images: Images
 
 
-def _stamped(files: Iterable[Path], about: str) -> str:
-    """Fingerprint of files as they are now, and of what is taken from them."""
-    stats = {str(file): file.stat() for file in files}
+def _stamped(root: Path, names: Iterable[str | Path], about: str) -> str:
+    """Fingerprint of the files of a folder, or of a tar, as they are now, and of what is taken from them."""
+    stats = {str(file): file.stat() for file in ([root] if root.is_file() else [root / name for name in names])}
     return fingerprint([about, *stats], ["", *(f"{s.st_size} {s.st_mtime_ns}" for s in stats.values())])
 
 
 def _files(root: Path, places: dict[str, tuple[int, int]]) -> Images:
     """Images of a folder, or of a tar: name to (offset, size) in the tar, (-1, -1) in a folder."""
-    names, root = list(places), root.resolve()
-    files = [root] if root.is_file() else [root / name for name in names]
-    read = partial(_read_file, root, names, list(places.values()))
-    return Images([str(root / name) for name in names], read, _stamped(files, f"{root} {names}"))
-
-
-def _read_file(root: Path, names: list[str], places: list[tuple[int, int]], index: int) -> Image.Image:
-    return read_image(root, names[index], places[index])
+    stamp = _stamped(root, places, f"{root} {list(places)}")
+    return Images([str(root / name) for name in places], list(places.items()), partial(read_image, root), stamp)
 
 
 def _array(pixels: np.ndarray, files: list[Path], part: str) -> Images:
     """Images of one array, (N, 3, H, W) uint8."""
     names = [f"{files[0].resolve()} {part} {index}" for index in range(len(pixels))]
-    return Images(names, partial(_read_array, pixels), _stamped(files, part))
-
-
-def _read_array(pixels: np.ndarray, index: int) -> Image.Image:
-    return Image.fromarray(pixels[index].transpose(1, 2, 0))
+    return Images(names, pixels.transpose(0, 2, 3, 1), Image.fromarray, _stamped(Path(), files, part))
 
 
 def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     """A folder of class folders, or a tar of the same (``<class>/<file>``), read without extracting.
 
-    Labels follow the sorted folder names; other files and hidden ones are passed over.
+    Labels follow the sorted folder names; files of other kinds, in no class folder or hidden are passed over.
 
     Args:
         classes: class names for prompts, in the order of the sorted folders: see :func:`class_names`. None takes the
@@ -135,30 +117,24 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
 
     Raises:
         FileNotFoundError: nothing at ``path``.
-        ValueError: no images, class folders at different places of a tar, or ``classes`` that do not fit.
+        ValueError: no images, a broken tar, class folders at different places of one, or ``classes`` that do not fit.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not path.exists():
-        raise FileNotFoundError(f"no image set at {path.absolute()}: expected class folders or a tar of them")
-    try:
-        names = index_tar(path) if path.is_file() else {f.relative_to(path): NO_PLACE for f in path.glob("*/*")}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
-    places = {PurePosixPath(name): place for name, place in names.items()}
-    hidden = {f for f in places if any(part.startswith(".") for part in f.parts)}
-    files = sorted(f for f in places if f.suffix.lower() in IMAGE_SUFFIXES and f not in hidden)
-    parents = {file.parent.parent for file in files}
-    if len(parents) != 1 or any(not file.parent.name for file in files):
-        raise ValueError(f"{path} has class folders in {sorted(map(str, parents))[:5]}: expected <class>/<image file>, in one place")
-    return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[f] for f in files}))
+        raise FileNotFoundError(f"there are no images at {path}: name a folder of class folders, or a tar of the same")
+    places = index_tar(path) if path.is_file() else {f.relative_to(path).as_posix(): NO_PLACE for f in path.glob("*/*")}
+    names = (n for n in places if "/" in n and n.lower().endswith(IMAGE_SUFFIXES) and not re.search(r"(^|/)\.", n))
+    files = sorted(map(PurePosixPath, names))
+    if len({file.parent.parent for file in files}) != 1:
+        raise ValueError(f"{path} does not fit: expected <class>/<image file>, with all class folders in one place")
+    return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[str(f)] for f in files}))
 
 
 def from_pairs(pairs: Pairs, column: str, classes: Classes | None = None) -> Labelled:
     """The distinct images of a table, with the classes of one of its columns.
 
     Raises:
-        KeyError: no such column.
-        ValueError: an image has two classes, or ``classes`` do not fit.
+        ValueError: no such column, an image has two classes, or ``classes`` do not fit.
     """
     seen: dict[str, str] = {}  # in the order of the first rows, as PairImages has them
     for path, label in zip(pairs.column("filepath"), map(str, pairs.column(column)), strict=True):
@@ -183,19 +159,18 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
             otherwise comes as its own error.
     """
     about, listed = KNOWN[name], Path(root) / name / "classes.txt"
-    given = about.get("classes") or (listed if listed.is_file() else None)
-    classes = class_names(given) if given else None
+    classes = about.get("classes") or (listed if listed.is_file() else None)
     found = find(name, root, [f"{name}/{part}", f"{name}/{part}.tar", *about[part]])
     if found[0].name in TORCHVISION or found[0].parent.name.startswith("cifar-"):
         read = _torchvision if found[0].name in TORCHVISION else _cifar
         try:
-            images, labels, classes = read(found, part, classes)
-            if not 0 < len(images) == len(labels) or max(labels) >= len(classes):
-                raise ValueError(f"{len(images)} images, {len(labels)} labels of {len(classes)} classes do not fit")
+            images, labels, names = read(found, part, classes)
+            if not 0 < len(images) == len(labels) or max(labels) >= len(names):
+                raise ValueError(f"{len(images)} images, {len(labels)} labels of {len(names)} classes do not fit")
         except ValueError as error:
-            where = f"the {part} part of {name} in {found[0].parent}"
+            where = f"{part} part of {name} in {found[0].parent}"
             raise ValueError(f"{where} is cut short or broken: {error}. Get it again: {about['get']}") from error
-        return [Labelled(list(classes), list(classes), np.asarray(labels, dtype=np.int64), images)]
+        return [Labelled(names, list(names), np.asarray(labels, dtype=np.int64), images)]
     labelled = [from_classes(path, classes) for path in found]
     if classes is None and any(folder.isdigit() for folder in labelled[0].classes):
         # Numbers in prompts would give figures that look like results.
@@ -212,11 +187,10 @@ def find(name: str, root: str | Path, places: Sequence[str]) -> list[Path]:
     for place in places:
         if found := sorted(Path(root).glob(place)):
             return found
-    looked = ", ".join(str(Path(root).absolute() / place) for place in places)
-    raise FileNotFoundError(f"{name} is at none of {looked}. To get it: {KNOWN[name]['get']}")
+    raise FileNotFoundError(f"{name} is at none of {[str(Path(root).absolute() / p) for p in places]}. To get it: {KNOWN[name]['get']}")
 
 
-def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
+def captioned(name: str, root: str | Path, folder: Path) -> dict[str, str | dict]:
     """A set of captions known by name as arguments of :func:`protoclip_lab.data.pairs.prepare`: its test part.
 
     COCO's and Karpathy's JSON are written as a table into ``folder``; all captions of an image are taken.
@@ -233,58 +207,50 @@ def captioned(name: str, root: str | Path, folder: Path) -> dict[str, Any]:
         rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
     else:
         test = [image for image in content["images"] if image["split"] == "test"]
-        rows = [(image["filename"], sentence["raw"]) for image in test for sentence in image["sentences"]]
+        rows = [(image["filename"], said["raw"]) for image in test for said in image["sentences"]]
     lines = ["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)]
     folder.mkdir(parents=True, exist_ok=True)
-    table = folder / f"{name}.tsv"
-    # Written again only where it changed: its time is part of what prepared pairs are known by.
-    if not table.exists() or table.read_text("utf-8").splitlines() != lines:
-        write_text(table, "\n".join(lines))
-    return {"table": str(table), "image_root": str(images), "where": {}}
+    write_text(folder / f"{name}.tsv", "\n".join(lines))
+    return {"table": str(folder / f"{name}.tsv"), "image_root": str(images), "where": {}}
 
 
-def _torchvision(found: list[Path], part: str, classes: list[str] | None) -> tuple[Images, list[int], list[str]]:
+def _torchvision(found: list[Path], part: str, classes: Classes | None) -> tuple[Images, list[int], list[str]]:
     """What torchvision's reader of a folder finds: images, labels and class names."""
     from torchvision import datasets
 
     kind, above = TORCHVISION[found[0].name]
     # Without its checksum over gigabytes: data that are cut short fail as they are read.
     reader = type(kind, (getattr(datasets, kind),), {"_check_integrity": lambda self: True})
-    root = found[0].parents[above]
+    root = found[0].parents[above].resolve()
     data = reader(str(root), split=part)
     if kind == "STL10":
-        files = sorted(found[0].glob(f"{part}_*.bin"))
-        return _array(data.data, files, part), data.labels.tolist(), classes
+        return _array(data.data, sorted(found[0].glob(f"{part}_*.bin")), part), data.labels.tolist(), class_names(classes)
     samples = list(zip(data._image_files, data._labels, strict=True)) if kind == "Flowers102" else data._samples
     names = {str(Path(file).relative_to(root)): NO_PLACE for file, _ in samples}
-    return _files(root, names), [int(label) for _, label in samples], classes or data.classes
+    return _files(root, names), [int(label) for _, label in samples], class_names(classes or data.classes)
 
 
-def _cifar(found: list[Path], part: str, classes: list[str]) -> tuple[Images, list[int], list[str]]:
+def _cifar(found: list[Path], part: str, classes: Classes) -> tuple[Images, list[int], list[str]]:
     """CIFAR's Python files, which are pickles: read as a list of words and numbers, never unpickled."""
-    pixels, labels = [], []
+    pixels, labels, key = b"", [], b""
     for file in found:
-        data, key = b"", b""
         for operation, value, _ in pickletools.genops(file.read_bytes()):
             if isinstance(value, str | bytes):
                 key = value if isinstance(value, bytes) else value.encode("latin-1")
-                data = max(data, key, key=len)
+                # No word has the length of a picture.
+                pixels += key if len(key) >= 3 * 32 * 32 else b""
             elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
                 labels.append(value)
-        pixels.append(np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32))
-    return _array(np.concatenate(pixels), found, part), labels, classes
+    return _array(np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), found, part), labels, class_names(classes)
 
 
 def _labelled(where: str, values: list[str], classes: Classes | None, images: Images) -> Labelled:
-    numbered = all(value.isdigit() for value in values)
     # As text "10" sorts before "2".
-    found = sorted(set(values), key=int if numbered else None)
+    found = sorted(set(values), key=int if all(value.isdigit() for value in values) else None)
     position = {value: index for index, value in enumerate(found)}
     labels = np.array([position[value] for value in values], dtype=np.int64)
-    if classes is None:
-        return Labelled(found, [_words(value) for value in found], labels, images)
+    names = [_words(value) for value in found] if classes is None else class_names(classes)
     # The names must be those of the sorted classes: a list shifted by one would pass unseen.
-    names = class_names(classes)
     if len(names) != len(found):
         raise ValueError(f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
     for index, (given, value) in enumerate(zip(names, found, strict=True)):
@@ -306,8 +272,9 @@ def class_names(classes: Classes) -> list[str]:
 
     Raises:
         ValueError: neither a known set (the nearest is named) nor a file.
+        FileNotFoundError: what looks like a file name is none.
     """
-    return _listed("classes", classes, _clip_benchmark("classnames"))
+    return _listed("classes", classes, "en_classnames.json", {})
 
 
 def templates(templates: Classes) -> list[str]:
@@ -315,28 +282,22 @@ def templates(templates: Classes) -> list[str]:
 
     Raises:
         ValueError: neither a known set (the nearest is named) nor a file, or a template without ``{}``.
+        FileNotFoundError: what looks like a file name is none.
     """
     own = {f"shapes/{factor}": prompts for factor, prompts in shapes.PROMPTS.items()}
-    found = _listed("templates", templates, _clip_benchmark("zeroshot_classification_templates") | own)
-    without = [template for template in found if "{}" not in template]
-    if without or not found:
-        raise ValueError(f"templates {without}: at least one is needed, each with {{}} where the class name goes")
+    found = _listed("templates", templates, "en_zeroshot_classification_templates.json", own)
+    if not found or not all("{}" in template for template in found):
+        raise ValueError(f"templates {found}: at least one is needed, each with {{}} where the class name goes")
     return found
 
 
-def _listed(what: str, given: Classes, known: dict[str, list[str]]) -> list[str]:
+def _listed(what: str, given: Classes, file: str, own: dict[str, Sequence[str]]) -> list[str]:
+    """A list as given, read from a file, or known by name: to ``file`` of clip_benchmark or as one of our ``own``."""
+    known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}")) | own
+    known["imagenet"] = known["imagenet1k"]
+    given = known.get(given, given) if isinstance(given, str) else given
     if not isinstance(given, str | Path):
         return list(given)
-    if given in known:
-        return list(known[given])
-    if Path(given).is_file():
+    if Path(given).suffix or Path(given).is_file():
         return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    near, kind = nearest_name(str(given), known), FileNotFoundError if Path(given).suffix else ValueError
-    raise kind(f"{what} = {str(given)!r} is neither a list, a file nor a known set; the nearest is {near!r}")
-
-
-@cache
-def _clip_benchmark(kind: str) -> dict[str, list[str]]:
-    text = (resources.files("clip_benchmark") / "datasets" / f"en_{kind}.json").read_text(encoding="utf-8")
-    known = {name: [entry.replace("{c}", "{}") for entry in entries] for name, entries in json.loads(text).items()}
-    return {**known, "imagenet": known["imagenet1k"]}
+    raise ValueError(f"{what} = '{given}' is neither a list, a file nor a known set; the nearest is {nearest_name(given, known)!r}")

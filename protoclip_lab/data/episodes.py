@@ -26,31 +26,18 @@ class Episodes:
         size = rows if size is None else size
         if not 1 <= size <= rows:
             raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: take at most {rows}, or None for all")
-        self.rows = rows
-        self.size = size
-        self.seed = seed
-        self._last: tuple[int, np.ndarray] | None = None
+        self.rows, self.size, self.seed = rows, size, seed
 
     def ids(self, episode: int) -> np.ndarray:
         """Row numbers of the episode's pairs, (size,) int64, in the order they are learnt."""
-        this_pass, offset = divmod((episode - 1) * self.size, self.rows)
-        head = self._pass(this_pass)[offset : offset + self.size]
-        if len(head) == self.size:
-            return head
-        return np.concatenate([head, self._pass(this_pass + 1)[: self.size - len(head)]])
-
-    def _pass(self, number: int) -> np.ndarray:
-        """The order of one pass, whose beginning depends on the end of the pass before it."""
-        start, order = self._last if self._last is not None and self._last[0] <= number else (-1, None)
-        for p in range(start + 1, number + 1):
-            shuffled = numpy_generator(self.seed, "pass", p).permutation(self.rows)
-            taken = p * self.rows % self.size  # of this pass's first episode, by the pass before
-            order = _move_behind(shuffled, order[self.rows - taken :], self.size - taken) if taken else shuffled
-        self._last = (number, order)
-        return order
-
-
-def _move_behind(order: np.ndarray, held: np.ndarray, wanted: int) -> np.ndarray:
-    """Stable reorder in which the first ``wanted`` entries are none of ``held``."""
-    free = np.flatnonzero(~np.isin(order, held))[:wanted]
-    return np.concatenate([order[free], np.delete(order, free)])
+        first_pass, offset = divmod((episode - 1) * self.size, self.rows)
+        # The beginning of a pass depends on the end of the one before, unless an episode begins with it.
+        free_of_others = max(number for number in range(first_pass + 1) if number * self.rows % self.size == 0)
+        order = np.arange(0)
+        for number in range(free_of_others, first_pass + 2):
+            shuffled = numpy_generator(self.seed, "pass", number).permutation(self.rows)
+            taken = number * self.rows % self.size  # of this pass's first episode, by the pass before
+            free = np.flatnonzero(~np.isin(shuffled, order[self.rows - taken :]))[: self.size - taken]
+            # First what fills that episode without repeating itself, then the rest; both as shuffled.
+            before, order = order, np.concatenate([shuffled[free], np.delete(shuffled, free)])
+        return np.concatenate([before, order])[offset : offset + self.size]

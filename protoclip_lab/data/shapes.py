@@ -19,23 +19,12 @@ from tqdm.auto import tqdm
 
 from protoclip_lab.randomness import numpy_generator
 
-# How hard the world is: a factor, 0 to 2, on every nuisance in `draw`. It is set once, by training plain CLIP, and not
-# touched after ProtoCLIP has been run on the data: whoever tunes it then tunes the comparison.
-DIFFICULTY = 1.0
-WORLD = 2  # to be raised with any change to the drawing, so that `write` draws older images again
-_COLOUR_SHIFT = 0.035  # largest shift of a channel; twice this still leaves each colour nearest to its own name
-_SIZE_CHANGE = 0.10  # largest relative change of the radius: at difficulty 2 small and large still do not meet
 _OVERSAMPLING = 4  # masks are drawn at 4 x and averaged: anti-aliasing that Pillow's polygons lack
 
-_WORDS = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
+_WORLD = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
 # Captions by template, and what a zero-shot classifier of a factor asks.
-TEMPLATES: tuple[str, ...] = tuple(_WORDS["templates"])
-PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORDS["prompts"].items()}
-_COLOURS = _WORDS["colours"]
-_RADII = {"small": 0.2, "large": 0.33}  # of the enclosing circle, in image widths; 1.75 x survives a crop's 1.4 x zoom
-# The training augmentation flips horizontally, which would make "left" a lie half of the time: these words stay true.
-# Each says how far towards an edge, (right, down); corner and side take random signs.
-_PLACES = {"top": (0, -1), "centre": (0, 0), "bottom": (0, 1), "corner": (1, 1), "side": (1, 0)}
+TEMPLATES: tuple[str, ...] = tuple(_WORLD["templates"])
+PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORLD["prompts"].items()}
 
 
 def _outlines():
@@ -43,8 +32,7 @@ def _outlines():
     t = 2 * np.pi * np.arange(72) / 72
     turn = np.exp(1j * t)
     # The crescent is the unit disc less a disc of radius 0.8 at 0.5: their rims meet at these angles.
-    rim = np.linspace(0.29, 1.71, 48) * np.pi
-    bite = np.linspace(1.54, 0.46, 48) * np.pi
+    rim, bite = np.linspace((0.29, 1.54), (1.71, 0.46), 48).T * np.pi
     raw = {
         "circle": turn,
         "square": np.exp(2j * np.pi * (np.arange(4) + 0.5) / 4),
@@ -60,10 +48,9 @@ def _outlines():
         yield name, (z - middle) / np.abs(z - middle).max()
 
 
-_OUTLINES = dict(_outlines())
-
-FACTORS: dict[str, tuple[str, ...]] = {"shape": tuple(_OUTLINES), "colour": tuple(_COLOURS), "size": tuple(_RADII)}
-FACTORS |= {"position": tuple(_PLACES), "background": ("plain", "striped", "dotted", "checked", "cloudy")}
+# The values of each factor by name, and the names alone.
+_VALUES = {"shape": dict(_outlines()), **_WORLD["factors"]}
+FACTORS: dict[str, tuple[str, ...]] = {factor: tuple(values) for factor, values in _VALUES.items()}
 
 
 def _share(mask: Image.Image) -> np.ndarray:
@@ -87,36 +74,30 @@ def _backdrop(background: str, image_size: int, rng: np.random.Generator) -> np.
     return _share(Image.fromarray(mask[background].view(np.uint8) * np.uint8(255)).reduce(_OVERSAMPLING))
 
 
-def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIFFICULTY) -> tuple[Image.Image, dict]:
+def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = _WORLD["difficulty"]) -> tuple[Image.Image, dict]:
     """Sample ``index`` of the world ``seed``.
 
     Args:
-        image_size: side in pixels, at least 16. Factors and caption do not depend on it.
-        difficulty: factor on the nuisances, 0 to 2. Factors and caption do not depend on it.
+        image_size: side in pixels; below 16 the shapes cannot be told apart. Factors and caption do not depend on it.
+        difficulty: factor on the nuisances; beyond 2 colours and sizes run into each other. Factors and caption do not
+            depend on it.
 
     Returns:
         RGB image, and a row with the caption ("title") and one value per factor of FACTORS.
-
-    Raises:
-        ValueError: image_size or difficulty out of range.
     """
-    if image_size < 16:
-        raise ValueError(f"image_size is {image_size}: below 16 pixels the shapes cannot be told apart, take 64")
-    if not 0 <= difficulty <= 2:
-        raise ValueError(f"difficulty is {difficulty}: choose 0 to 2, beyond it colours and sizes run into each other")
     rng = numpy_generator(seed, "shapes", index)
     row = {factor: values[rng.integers(len(values))] for factor, values in FACTORS.items()}
-    words = {factor: str(rng.choice(_WORDS["synonyms"].get(value, [value]))) for factor, value in row.items()}
+    words = {factor: str(rng.choice(_WORLD["synonyms"].get(value, [value]))) for factor, value in row.items()}
     title = re.sub(r"\ba (?=[aeiou])", "an ", TEMPLATES[rng.integers(len(TEMPLATES))].format(**words))
 
-    radius = _RADII[row["size"]] * (1 + _SIZE_CHANGE * difficulty * rng.uniform(-1, 1))
-    towards = np.array(_PLACES[row["position"]]) * (rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else 1)
+    radius = _VALUES["size"][row["size"]] * (1 + _WORLD["size_change"] * difficulty * rng.uniform(-1, 1))
+    towards = np.array(_VALUES["position"][row["position"]]) * (rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else 1)
     # At the edge a small shape touches the frame, a large one is cut a little: both stay in sight of a random crop.
     x, y = 0.5 + towards * (0.45 - 0.7 * radius) + 0.05 * difficulty * rng.uniform(-1, 1, 2)
     # In radians; twice this is 29 degrees, not yet a diamond for a square.
     turn = np.exp(1j * (0.25 * difficulty * rng.uniform(-1, 1)))
     canvas = image_size * _OVERSAMPLING
-    outline = (_OUTLINES[row["shape"]] * turn * radius + x + 1j * y) * canvas
+    outline = (_VALUES["shape"][row["shape"]] * turn * radius + x + 1j * y) * canvas
     shape, clutter = (Image.new("L", (canvas, canvas)) for _ in range(2))
     ImageDraw.Draw(shape).polygon(outline.view(float).tolist(), fill=255)
     # Behind the shape, strokes of one random colour, 1.5 on average.
@@ -127,8 +108,8 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = DIF
     tone = rng.uniform(0.8, 0.95) + rng.uniform(-0.05, 0.05, 3)
     # Patterns are faint on purpose: with strong ones CLIP learned the background first and the shape hardly at all.
     pixels = tone - rng.uniform(0.1, 0.2) * _backdrop(row["background"], image_size, rng)
-    stroke = _COLOURS[rng.choice(FACTORS["colour"])]
-    colour = _COLOURS[row["colour"]] + _COLOUR_SHIFT * difficulty * rng.uniform(-1, 1, 3)
+    stroke = _VALUES["colour"][rng.choice(FACTORS["colour"])]
+    colour = _VALUES["colour"][row["colour"]] + _WORLD["colour_shift"] * difficulty * rng.uniform(-1, 1, 3)
     for mask, paint in ((clutter, stroke), (shape, colour)):
         pixels += _share(mask.reduce(_OVERSAMPLING)) * (paint - pixels)
     slope = rng.uniform(-0.25, 0.25, 2)
@@ -143,8 +124,8 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
     """Samples 0 … size - 1 of a world as a training table and a tar of JPEGs.
 
     Makes ``images.tar`` (members ``000000.jpg`` …), ``captions.tsv`` (filepath, title, split, one column per factor)
-    and, last, ``shapes.json`` with the parameters and the lengths of both files. Where that note already says the
-    same, nothing is drawn. The same parameters give the same bytes.
+    and, last, ``shapes.json`` with the parameters. Where that note already says the same, nothing is drawn. The same
+    parameters give the same bytes.
 
     Args:
         held_out: share of samples, the last indices, whose ``split`` is "test"; the others are "train".
@@ -153,19 +134,14 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
         Path of ``captions.tsv``.
 
     Raises:
-        ValueError: size below 1, or held_out outside [0, 1).
+        ValueError: size below 1, image_size below 16, or held_out outside [0, 1).
     """
-    if size < 1 or not 0 <= held_out < 1:
-        raise ValueError(f"size is {size} and held_out {held_out}: size starts at 1, held_out lies in [0, 1)")
+    if size < 1 or image_size < 16 or not 0 <= held_out < 1:
+        raise ValueError(f"size = {size} must be at least 1, image_size = {image_size} at least 16, held_out = {held_out} in [0, 1)")
     out.mkdir(parents=True, exist_ok=True)
     table, images, note = out / "captions.tsv", out / "images.tar", out / "shapes.json"
-
-    def state() -> str:
-        lengths = {file.name: file.stat().st_size for file in (images, table) if file.is_file()}
-        settings = {"world": WORLD, "difficulty": DIFFICULTY, "size": size, "seed": seed, "image_size": image_size}
-        return json.dumps({**settings, "held_out": held_out, "bytes": lengths}, indent=2) + "\n"
-
-    if note.is_file() and note.read_text(encoding="utf-8") == state():
+    made = json.dumps({"size": size, "seed": seed, "image_size": image_size, "held_out": held_out, "world": _WORLD}, indent=2)
+    if all(file.is_file() for file in (table, images, note)) and note.read_text("utf-8") == made:
         return table
     note.unlink(missing_ok=True)
     lines = ["\t".join(("filepath", "title", "split", *FACTORS))]
@@ -180,5 +156,5 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
             split = "train" if index < size - round(size * held_out) else "test"
             lines.append("\t".join((member.name, row["title"], split, *(row[factor] for factor in FACTORS))))
     table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-    note.write_text(state(), encoding="utf-8")
+    note.write_text(made, "utf-8")
     return table

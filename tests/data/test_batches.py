@@ -1,5 +1,8 @@
 """Crops depend on what they are for, and on nothing else."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,14 @@ def test_worker_processes_read_the_same_and_serve_every_stage(batches, workers):
             assert torch.equal(images, direct[0]) and torch.equal(tokens, direct[1])
 
 
+def test_an_interrupt_leaves_the_workers_reading(batches):
+    reading = Reader(batches, workers=1).read([np.array([row]) for row in range(8)], transform="train", purpose="learn", episode=1)
+    next(reading)
+    for worker in reading._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(reading)) == 7 and all(worker.is_alive() for worker in reading._workers)
+
+
 def test_light_augmentation_has_the_papers_rates():
     """Flip half of the time, grey a fifth: counted on a picture whose halves differ in colour."""
     pixels = np.zeros((64, 64, 3), np.uint8)
@@ -83,5 +94,5 @@ def test_plain_augmentation_keeps_nine_tenths_of_the_picture_upright():
 
 
 def test_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="'strong' is neither"):
+    with pytest.raises(KeyError, match="strong"):
         augmentation("strong", 32, [0.5] * 3, [0.5] * 3)

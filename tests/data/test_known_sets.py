@@ -312,7 +312,7 @@ def test_captions_of_the_test_part_go_with_their_images(encoded, tmp_path, files
     table, content = "\n".join(["filepath\ttitle\tsplit", *rows]), coco if name == "coco2017" else {"images": karpathy}
     file.write_text(table if file.suffix == ".tsv" else json.dumps(content))
     given = captioned(name, tmp_path, tmp_path / "tables")
-    found = PairImages(prepare(given.pop("table"), tmp_path / "out", **given, progress=False))
+    found = PairImages(prepare(given.pop("table"), tmp_path / "out", **given))
     assert found.pairs.captions == [f"{7 * n} k{k}" for n in (1, 3, 5) for k in range(5)]
     assert shown(found) == [7, 21, 35] and found.image_of_caption.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     given = [{"name": name, "root": str(tmp_path)}]

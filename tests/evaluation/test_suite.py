@@ -111,7 +111,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
     }
     found = values(suite.evaluate(None, [given], seed=4, draws=0, folder=tmp_path), "world")
     test, train = (
-        prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split}, progress=False)
+        prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split})
         for split in ("test", "train")
     )
     image, train_image = (encoders.encode_images(None, [p.image(i) for i in range(len(p))]).image for p in (test, train))
@@ -288,7 +288,7 @@ def test_run_without_named_sets_is_evaluated_on_the_held_out_shapes(finished, tm
     model = encoders.load(finished.latest)
     table = finished.path.parent / "shapes" / "captions.tsv"
     root = table.with_name("images.tar")
-    held_out = prepare(table, tmp_path / "held_out", image_root=root, where={"split": "test"}, progress=False)
+    held_out = prepare(table, tmp_path / "held_out", image_root=root, where={"split": "test"})
     image, text, _, _ = encoders.encode_pairs(model, held_out, np.arange(16))
     assert len(held_out) == 16
     expected = retrieval(image, text, range(16), draws=20)["mean_recall"]

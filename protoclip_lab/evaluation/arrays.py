@@ -1,12 +1,10 @@
 """What the measures share: checked features and labels, accuracy, values with an interval."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip_lab.randomness import torch_generator
@@ -21,15 +19,13 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
     Raises:
         ValueError: not two-dimensional, no rows, or NaN or Inf, with the first such row.
     """
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()  # torch warns of read-only memory
+    values = np.require(values, requirements="W") if isinstance(values, np.ndarray) else values  # torch warns of read-only memory
     features = torch.as_tensor(values).detach().float()
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{name} has shape {tuple(features.shape)}: expected (rows, dimensions), at least one of each")
-    finite = features.isfinite().all(dim=1)
-    if not finite.all():
-        raise ValueError(f"{name} has NaN or Inf, first in row {int((~finite).nonzero()[0])}: unreadable, or the model has diverged")
-    return F.normalize(features, dim=1) if normalise else features
+    if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
+        raise ValueError(f"{name} has NaN or Inf, first in row {int(bad[0])}: unreadable, or the model has diverged")
+    return torch.nn.functional.normalize(features, dim=1) if normalise else features
 
 
 def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
@@ -40,16 +36,25 @@ def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
     return labels
 
 
-def as_indices(values: Any, rows: int, below: int, name: str) -> np.ndarray:
+def as_indices(values: Any, rows: int, below: int, name: str) -> Tensor:
     """Whole numbers from 0 to ``below`` - 1 -> (rows,) int64; ValueError names the first that is not."""
     indices = as_labels(values, rows, name)
-    if indices.dtype.kind not in "iu":
-        raise ValueError(f"{name} is of type {indices.dtype}: whole numbers are needed")
-    wrong = (indices < 0) | (indices >= below)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(f"{name} is {indices[row]} in row {row}: expected 0 to {below - 1}")
-    return indices.astype(np.int64)
+    if len(wrong := np.flatnonzero(~np.isin(indices, np.arange(below)))):
+        raise ValueError(f"{name} is {indices[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
+    return torch.from_numpy(indices.astype(np.int64))
+
+
+def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of images and texts, L2-normalised, and the image of each text, (M,) int64; None pairs row with row.
+
+    Raises:
+        ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
+    """
+    image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
+    pairs = range(len(text)) if image_of_caption is None else image_of_caption
+    if image.shape[1] != text.shape[1] or (image_of_caption is None and len(image) != len(text)):
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit, or image_of_caption is missing")
+    return image, text, as_indices(pairs, len(text), len(image), "image_of_caption").to(image.device)
 
 
 class Estimate(float):
@@ -59,20 +64,22 @@ class Estimate(float):
         low, high: the interval; NaN where none was asked for.
     """
 
-    def __new__(cls, value: float, low: float = math.nan, high: float = math.nan) -> "Estimate":
+    def __new__(cls, value: float, low: float = np.nan, high: float = np.nan) -> "Estimate":
         estimate = super().__new__(cls, value)
         estimate.low, estimate.high = float(low), float(high)
         return estimate
 
 
-def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of values, and of both ends of their intervals."""
-    return Estimate(*np.mean([[value, value.low, value.high] for value in estimates], axis=0))
+Estimates = dict[str, Estimate]
 
 
-def estimate(
-    under: Callable[[Tensor], dict[str, Tensor]], items: int, draws: int, seed: int, *, centred: bool = False
-) -> dict[str, Estimate]:
+def mean(found: Sequence[Estimates]) -> Estimates:
+    """By name the mean of values, and of both ends of their intervals."""
+    ends = {name: [[each[name], each[name].low, each[name].high] for each in found] for name in found[0]}
+    return {name: Estimate(*np.mean(values, axis=0)) for name, values in ends.items()}
+
+
+def estimate(under: Callable[[Tensor], dict[str, Tensor]], items: int, draws: int, seed: int, *, centred: bool = False) -> Estimates:
     """Values of a measure, with percentile intervals over resamples of its items.
 
     Args:
@@ -84,31 +91,46 @@ def estimate(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 10 and 13.
     """
-    values = {name: float(value) for name, value in under(torch.ones(1, items, dtype=torch.float64)).items()}
+    found = {name: Estimate(value) for name, value in under(torch.ones(1, items, dtype=torch.float64)).items()}
     generator, blocks = torch_generator(seed, "bootstrap"), []
     size = max(1, BLOCK_ELEMENTS // items)
     for start in range(0, draws, size):
         picked = torch.randint(items, (min(size, draws - start), items), generator=generator)
-        weights = torch.zeros(picked.shape, dtype=torch.float64)
-        blocks.append(under(weights.scatter_add_(1, picked, torch.ones_like(weights))))
-    found = {}
-    for name, value in values.items():
-        interval = ()
-        if draws:
-            drawn = torch.cat([block[name] for block in blocks]).double()
-            edges = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-            low, high = (edges + (value - drawn.nanmean() if centred else 0)).tolist()
-            interval = min(low, value), max(high, value)  # a constant one may miss the value by a rounding
-        found[name] = Estimate(value, *interval)
+        blocks.append(under(torch.stack([row.bincount(minlength=items) for row in picked]).double()))
+    for name, value in found.items() if draws else ():
+        drawn = torch.cat([block[name] for block in blocks]).double()
+        edges = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        low, high = (edges + (value - drawn.nanmean() if centred else 0)).tolist()
+        found[name] = Estimate(value, min(low, value), max(high, value))  # a constant one may miss the value by a rounding
     return found
 
 
-def class_sums(values: Tensor, classes: Tensor, count: int) -> Tensor:
+def resampled(weights: Tensor) -> list[np.ndarray]:
+    """The rows of each resample, one as often as it counts: (B, N) -> B arrays."""
+    return [np.repeat(np.arange(len(row)), row.int()) for row in weights]
+
+
+def class_sums(values: Tensor, classes: Any, count: int) -> Tensor:
     """Columns added up by class, or captions by image: (B, N), (N,) int64 -> (B, count)."""
-    return values.new_zeros(len(values), count).index_add_(1, classes, values)
+    return values.new_zeros(len(values), count).index_add_(1, torch.as_tensor(classes), values)
 
 
-def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, seed: int) -> dict[str, Estimate]:
+def pair_cosines(sphere: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the cosines, and number, of ordered pairs of different items; an item and its copies are none.
+
+    (N, d) L2-normalised, (B, N) how often each counts -> (2, B).
+    """
+    # The squared norm of the sum holds every ordered pair once, and each item with itself and its copies.
+    cosines = (weights @ sphere).square().sum(dim=1) - weights.square() @ sphere.square().sum(dim=1)
+    return torch.stack([cosines, weights.sum(dim=1).square() - weights.square().sum(dim=1)])
+
+
+def ratio(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means of what is counted; NaN where nothing is."""
+    return torch.where(counts > 0, sums / counts, torch.nan)
+
+
+def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, seed: int) -> Estimates:
     """Percent correct by name, and the first's "mean_per_class": averaged over the classes among ``labels``.
 
     Args:
@@ -116,14 +138,13 @@ def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, 
         labels: (N,) of any kind.
         draws, seed: see :func:`estimate`.
     """
-    found, index = np.unique(labels, return_inverse=True)
-    index = torch.from_numpy(index)
+    classes, index = np.unique(labels, return_inverse=True)
     hits = {name: torch.from_numpy(values).double() for name, values in correct.items()}
     first = next(iter(hits.values()))
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         shares = {name: 100 * (weights @ values) / weights.sum(dim=1) for name, values in hits.items()}
-        per_class = class_sums(weights * first, index, len(found)) / class_sums(weights, index, len(found))
+        per_class = class_sums(weights * first, index, len(classes)) / class_sums(weights, index, len(classes))
         return {**shares, "mean_per_class": 100 * per_class.nanmean(dim=1)}
 
     return estimate(under, len(labels), draws, seed)

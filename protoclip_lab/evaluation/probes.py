@@ -8,25 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip_lab.encoders import best_device
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, accuracy, as_features, as_labels
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, Estimates, accuracy, as_features, as_labels
 from protoclip_lab.randomness import numpy_generator
 
 # L2 strengths to choose from, strongest first, so that each fit starts from the one before it.
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-PATIENCE = 2  # strengths in a row without a better one that end the search
 # Up to so many numbers (4,000 rows of 1,024) the fit is in float64, whose line search comes closer to the minimum.
 DOUBLE_ELEMENTS = 2**22
 
 
 def linear_probe(
     train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: int = 0, scaling: str = "standardise", draws: int = 0
-) -> dict[str, Estimate]:
+) -> Estimates:
     """Multinomial logistic regression on frozen features, counted on test.
 
     Minimises ``mean cross-entropy + strength/2 · ‖W‖²`` (the intercept is free) by L-BFGS, on a GPU where there is
-    one. The strength is chosen by accuracy on a stratified fifth of train (the strongest of equals), then
-    all of train is fitted; test takes no part, not even in mean and standard deviation. On N rows scikit-learn's C is
-    ``1 / (N · strength)``, twice that for two classes. One copy of ``train_x`` is made, in float32 unless it is small.
+    one. The strength is chosen by accuracy on a random fifth of train (the strongest of equals), then all of train is
+    fitted; test takes no part, not even in mean and standard deviation. On N rows scikit-learn's C is
+    ``1 / (N · strength)``, twice that for two classes. Copies of ``train_x`` (three at once) are
+    float32 unless it is small.
 
     Args:
         train_x, test_x: (N, d), (M, d).
@@ -39,80 +39,54 @@ def linear_probe(
         "accuracy" and "mean_per_class" (over classes in test), percent; "strength", the one chosen.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; NaN or Inf.
+        ValueError: shapes that do not fit, naming both; NaN or Inf; an unknown scaling.
     """
-    predicted, strength = predict(train_x, train_y, test_x, seed=seed, scaling=scaling)
-    test_y = as_labels(test_y, len(predicted), "test_y")
-    return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
-
-
-def predict(train_x: Any, train_y: Any, test_x: Any, *, seed: int, scaling: str = "standardise") -> tuple[Any, float]:
-    """What the linear probe takes the rows of test for, (M,) labels as in ``train_y``, and the strength it chose."""
-    x, test_x, train_y = _checked(train_x, train_y, test_x)
-    classes, y = np.unique(train_y, return_inverse=True)
-    held = _stratified(y, seed)
-    order = np.argsort(held, kind="stable")
-    x, y, fitted = x[order], torch.from_numpy(y[order]).to(x.device), int((~held).sum())  # x is a copy from here on
+    if scaling not in ("standardise", "l2"):
+        raise ValueError(f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
+    x, y, classes, test_x = _checked(train_x, train_y, test_x, normalise=scaling == "l2")
+    test_y = as_labels(test_y, len(test_x), "test_y")
     if x.numel() <= DOUBLE_ELEMENTS:
         x, test_x = x.double(), test_x.double()
-    if scaling == "l2":
-        x, test_x = (F.normalize(features, dim=1) for features in (x, test_x))
-    elif scaling != "standardise":
-        raise ValueError(f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
-    else:
+    if scaling == "standardise":
         mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
         # A constant feature's deviation is rounding, which standardising would blow up.
         scale[scale <= 1e-6 * mean.abs()] = 1
-        x, test_x = x.sub_(mean).div_(scale), (test_x - mean) / scale
+        x, test_x = (x - mean) / scale, (test_x - mean) / scale
     # A rotation changes neither the penalty nor the predictions, and spares the solver correlated features.
     axes = torch.linalg.eigh(x.T @ x)[1]
-    test_x = test_x @ axes
-    for block in x.split(2**16):
-        block.copy_(block @ axes)
+    order = numpy_generator(seed, "linear probe").permutation(len(x))
+    x, y, test_x, fitted = (x @ axes)[order], y[order], test_x @ axes, len(x) - len(x) // 5
     scores, weights = [], x.new_zeros(len(classes), x.shape[1] + 1)
     for strength in STRENGTHS:
         weights = _fit(x[:fitted], y[:fitted], strength, weights, iterations=50, tolerance=1e-4)
         scores.append(int((_logits(x[fitted:], weights).argmax(dim=1) == y[fitted:]).sum()))
-        if len(scores) - 1 - np.argmax(scores) == PATIENCE:
-            break
     strength = STRENGTHS[np.argmax(scores)]
     weights = _fit(x, y, strength, weights, iterations=500, tolerance=1e-6)
-    return classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()], strength
+    predicted = classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()]
+    return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
 
 
-def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
+def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0) -> Estimates:
     """Majority vote of the k nearest rows of train by cosine (all of train where it has fewer), counted on test.
 
     Of classes with as many votes the first in sorted order wins. Shapes, errors, draws and seed as
     :func:`linear_probe`. Returns "accuracy" and "mean_per_class", percent.
     """
-    x, test_x, train_y = _checked(train_x, train_y, test_x)
+    x, y, classes, test_x = _checked(train_x, train_y, test_x, normalise=True)
     test_y = as_labels(test_y, len(test_x), "test_y")
-    x, test_x = F.normalize(x, dim=1), F.normalize(test_x, dim=1)
-    classes, y = np.unique(train_y, return_inverse=True)
-    y, predicted = torch.from_numpy(y).to(x.device), []
-    for block in test_x.split(max(1, BLOCK_ELEMENTS // max(len(x), len(classes)))):
-        nearest = (block @ x.T).topk(min(k, len(x)), dim=1).indices
-        votes = block.new_zeros(len(block), len(classes)).scatter_add_(1, y[nearest], torch.ones_like(nearest).float())
-        predicted.append(votes.argmax(dim=1))
-    predicted = classes[torch.cat(predicted).cpu().numpy()]
+    nearest = [(block @ x.T).topk(min(k, len(x)), dim=1).indices for block in test_x.split(max(1, BLOCK_ELEMENTS // len(x)))]
+    predicted = classes[y[torch.cat(nearest)].cpu().mode(dim=1).values.numpy()]
     return accuracy({"accuracy": predicted == test_y}, test_y, draws, seed)
 
 
-def _checked(train_x: Any, train_y: Any, test_x: Any) -> tuple[Tensor, Tensor, np.ndarray]:
-    train_x, test_x = as_features(train_x, "train_x").to(best_device()), as_features(test_x, "test_x").to(best_device())
+def _checked(train_x: Any, train_y: Any, test_x: Any, *, normalise: bool = False) -> tuple[Tensor, Tensor, np.ndarray, Tensor]:
+    """Features of train, its classes' numbers, the classes, and features of test, on a GPU where there is one."""
+    given = {"train_x": train_x, "test_x": test_x}
+    train_x, test_x = (as_features(x, name, normalise=normalise).to(best_device()) for name, x in given.items())
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} differ in dimensions")
-    return train_x, test_x, as_labels(train_y, len(train_x), "train_y")
-
-
-def _stratified(y: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) bool: a random fifth of each class, at least one of each class that can spare one."""
-    held_out = np.zeros(len(y), dtype=bool)
-    order = numpy_generator(seed, "linear probe").permutation(len(y))
-    for members in np.split(order[np.argsort(y[order], kind="stable")], np.cumsum(np.bincount(y))[:-1]):
-        held_out[members[: (len(members) + 3) // 5]] = True
-    return held_out
+    classes, y = np.unique(as_labels(train_y, len(train_x), "train_y"), return_inverse=True)
+    return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x
 
 
 def _logits(x: Tensor, weights: Tensor) -> Tensor:
@@ -133,8 +107,7 @@ def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: in
 
     def objective() -> Tensor:
         solver.zero_grad()
-        scaled = weights * step
-        total = strength / 2 * scaled[:, :-1].square().sum()
+        total = strength / 2 * (weights * step)[:, :-1].square().sum()
         total.backward()
         for block, labels in zip(x.split(rows), y.split(rows), strict=True):
             loss = F.cross_entropy(_logits(block, weights * step), labels, reduction="sum") / len(x)

@@ -7,34 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, accuracy, as_features, as_indices
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimates, accuracy, as_features, as_indices
 
 
-def classifier(encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+def classifier(encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One direction a class: its name in each template, averaged in feature space and normalised again.
 
     Args:
         encode_text: n texts -> (n, d), L2-normalised.
         class_names: C names.
-        templates: texts with ``{}`` where the name goes, or the name of a known set.
+        templates: texts with ``{}`` where the name goes, see :func:`protoclip_lab.data.downstream.templates`.
 
     Returns:
         (d, C) float32, as open_clip.build_zero_shot_classifier gives it.
-
-    Raises:
-        ValueError: no class, no template, a template without ``{}``, or an unknown set.
     """
-    from protoclip_lab.data import downstream
-
-    templates = downstream.templates(templates)
-    if not class_names:
-        raise ValueError("class_names is empty: at least one is needed")
     features = encode_text([template.replace("{}", name) for name in class_names for template in templates])
     means = features.float().reshape(len(class_names), len(templates), -1).mean(dim=1)
     return F.normalize(means, dim=1).T
 
 
-def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
+def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> Estimates:
     """Accuracy of the nearest class by cosine, in percent.
 
     Args:
@@ -53,11 +45,9 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
     image = as_features(image, "image", normalise=True)
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
     if image.shape[1] != len(classifier):
-        shapes = f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)}"
-        raise ValueError(f"{shapes} do not fit: expected (N, d) and (d, C)")
+        raise ValueError(f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)} do not fit: expected (N, d) and (d, C)")
     classes = classifier.shape[1]
-    labels = as_indices(labels, len(image), classes, "labels")
-    blocks = image.split(max(1, BLOCK_ELEMENTS // classes))
-    top = torch.cat([(block @ classifier).topk(min(5, classes)).indices for block in blocks]).cpu().numpy()
-    correct = top == labels[:, None]
+    labels = as_indices(labels, len(image), classes, "labels").numpy()
+    top = torch.cat([(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))])
+    correct = top.cpu().numpy() == labels[:, None]
     return accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, as_features, as_indices, class_sums, estimate
+from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimates, as_pairs, class_sums, estimate
 
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
 TIE = 1e-6
 
 
-def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, seed: int = 0) -> dict[str, Estimate]:
+def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, seed: int = 0) -> Estimates:
     """Recall at 1, 5 and 10, both ways, by cosine, in percent.
 
     A caption finds its image, an image any of its captions, among the first k. A tie counts against the model:
@@ -32,33 +32,27 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
     Raises:
         ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
     """
-    image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} differ in dimensions")
-    owner = torch.from_numpy(as_indices(image_of_caption, len(text), len(image), "image_of_caption")).to(image.device)
+    image, text, owner = as_pairs(image, text, image_of_caption)
     own_score = (image[owner] * text).sum(dim=1)
-    unasked = own_score.new_full((len(image),), float("inf"))
-    best_own = unasked.scatter_reduce(0, owner, own_score, "amax", include_self=False)
+    # Infinite where an image has no caption.
+    best_own = own_score.new_full((len(image),), torch.inf).scatter_reduce(0, owner, own_score, "amax", include_self=False)
     # Wrong items that rank before the right one.
-    before_text = torch.zeros(len(text), dtype=torch.int64, device=image.device)
-    before_image = torch.empty(len(image), dtype=torch.int64, device=image.device)
+    before_image, before_text = (torch.zeros_like(scores, dtype=torch.int64) for scores in (best_own, own_score))
     for rows in torch.arange(len(image), device=image.device).split(max(1, BLOCK_ELEMENTS // len(text))):
         scores = image[rows] @ text.T
-        scores[rows[:, None] == owner] = float("-inf")
+        scores[rows[:, None] == owner] = -torch.inf
         before_image[rows] = (scores >= best_own[rows, None] - TIE).sum(dim=1)
         before_text += (scores >= own_score - TIE).sum(dim=0)
     owner, depths = owner.cpu(), torch.tensor(DEPTHS)
     captions = class_sums(torch.ones(1, len(text), dtype=torch.float64), owner, len(image))[0]
     asking = (captions > 0).double()
-    # (N, 3) each: is an image's caption found, and how many of its captions find it, at each depth.
-    found_caption = (before_image.cpu()[:, None] < depths) * asking[:, None]
-    found_image = class_sums((before_text.cpu() < depths[:, None]).double(), owner, len(image)).T
+    # By image, (N, 3) and (N,): is its caption found at each depth, and how many of its captions find it; how many ask.
+    to_text = (before_image.cpu()[:, None] < depths) * asking[:, None], asking
+    to_image = class_sums((before_text.cpu() < depths[:, None]).double(), owner, len(image)).T, captions
+    names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in DEPTHS]
 
     def under(weights: Tensor) -> dict[str, Tensor]:
-        to_text = 100 * (weights @ found_caption) / (weights @ asking)[:, None]
-        to_image = 100 * (weights @ found_image) / (weights @ captions)[:, None]
-        names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in DEPTHS]
-        recalls = torch.cat([to_text, to_image], dim=1)
+        recalls = torch.cat([100 * (weights @ found) / (weights @ asked)[:, None] for found, asked in (to_text, to_image)], dim=1)
         return {**dict(zip(names, recalls.T, strict=True)), "mean_recall": recalls.mean(dim=1)}
 
     return estimate(under, len(image), draws, seed)

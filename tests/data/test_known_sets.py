@@ -316,9 +316,9 @@ def test_captions_of_the_test_part_go_with_their_images(encoded, tmp_path, files
     assert found.pairs.captions == [f"{7 * n} k{k}" for n in (1, 3, 5) for k in range(5)]
     assert shown(found) == [7, 21, 35] and found.image_of_caption.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     given = [{"name": name, "root": str(tmp_path)}]
-    assert "retrieval_mean_recall" in {row["measure"] for row in suite.evaluate(None, given, draws=5)}
+    assert "retrieval_mean_recall" in {row["measure"] for row in suite.evaluate(None, given, tmp_path / "kept", draws=5)}
     file.write_text("filepath" if file.suffix == ".tsv" else '{"annotations": [], "info": {}}')
-    assert suite.evaluate(None, given) == []
+    assert suite.evaluate(None, given, tmp_path / "kept") == []
 
 
 def test_ten_sets_in_one_call_and_those_that_cannot_be_are_reported(encoded, authors, other, tmp_path, caplog):
@@ -332,7 +332,7 @@ def test_ten_sets_in_one_call_and_those_that_cannot_be_are_reported(encoded, aut
     sets = [{"name": name, "root": str(tmp_path), "measures": ["zero_shot"]} for name in ten]
     sets[ten.index("cifar10")]["measures"] = ["zero_shot", "knn"]
     with caplog.at_level(logging.WARNING):
-        rows = suite.evaluate(None, sets, draws=5)
+        rows = suite.evaluate(None, sets, tmp_path / "kept", draws=5)
     assert {row["dataset"] for row in rows} == {*ten} - {"birdsnap", "country211", "flowers102"}
     values = {(row["dataset"], row["measure"]): row["value"] for row in rows}
     assert values["cifar10", "knn_accuracy"] > 99 and ("cifar100", "knn_accuracy") not in values
@@ -346,7 +346,7 @@ def test_several_test_lists_give_their_mean(encoded, tmp_path):
         root = tmp_path / str(numbers)
         for number in numbers:
             class_folders(root / "ucf101" / f"testlist0{number}", ACTIONS[number - 1 :], number)
-        rows = suite.evaluate(None, [{"name": "ucf101", "root": str(root)}], measures=["zero_shot"], draws=5)
+        rows = suite.evaluate(None, [{"name": "ucf101", "root": str(root)}], root / "kept", measures=["zero_shot"], draws=5)
         return {row["measure"]: np.array([row["value"], row["low"], row["high"]]) for row in rows}
 
     first, second, both = measured(1), measured(2), measured(1, 2)

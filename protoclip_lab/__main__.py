@@ -5,11 +5,15 @@ run RECIPE           execute a recipe of notebooks: a name in notebooks/recipes,
 train CONFIG         train one run by settings of TrainConfig in YAML or JSON; an unfinished one is resumed
 evaluate CHECKPOINT  evaluate a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors
 watch RUN            evaluate each checkpoint of a run as it appears, until the run is finished
+
+-p gives a setting and may be repeated: 03_train.episodes=2 to run, episodes=2 to train, draws=200 to evaluate and watch.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,68 +22,59 @@ from protoclip_lab.config import TrainConfig, call
 from protoclip_lab.runs import headlines
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    print(f"report: {batch.run(arguments.what, arguments.parameters, arguments.out or None)}")
+def _run(recipe: str, given: dict[str, Any]) -> None:
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, batch.stop)
+    out = given.pop("out", None)
+    print(f"report: {batch.run(recipe, given, out)}")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(config: str, given: dict[str, Any]) -> None:
     from protoclip_lab import training
 
-    settings = batch.read_yaml(Path(arguments.what).read_text("utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{arguments.what} holds no lines of `name: value`")
-    try:
-        training.train(TrainConfig(**settings | dict(map(batch.read_parameter, arguments.parameters))))
-    except training.NonFiniteLoss as error:
-        sys.exit(f"error: {error}")
+    training.train(TrainConfig(**batch.read_mapping(Path(config)) | given))
 
 
-def _options(arguments: argparse.Namespace) -> dict:
-    named = {name: getattr(arguments, name) for name in ("data_root", "datasets", "measures")}
-    return named | dict(map(batch.read_parameter, arguments.parameters))
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(checkpoint: str, given: dict[str, Any]) -> None:
     from protoclip_lab.evaluation import suite
 
-    options = {"checkpoint": arguments.what, "output": arguments.out, **_options(arguments)}
+    options = {"checkpoint": checkpoint, "output": given.pop("out", ""), **given}
     print(suite.summary(call(suite.evaluate_checkpoint, options, suite.evaluate)).to_string())
 
 
-def _watch(arguments: argparse.Namespace) -> None:
+def _watch(run: str, given: dict[str, Any]) -> None:
     from protoclip_lab.evaluation import suite
 
-    options = {"run": arguments.what, **_options(arguments)}
-    for rows in call(suite.watch, options, suite.evaluate_checkpoint, suite.evaluate):
+    for rows in call(suite.watch, {"run": run, **given}, suite.evaluate_checkpoint, suite.evaluate):
         if sys.stdout.isatty():
             print("\033[2J\033[H", end="")  # the table stands in its place
-        print(f"{arguments.what}: {rows['checkpoint'].nunique()} checkpoints evaluated")
+        print(f"{run}: {rows['checkpoint'].nunique()} checkpoints evaluated")
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 
 def main() -> None:
     """Parse the command line and go; exit status 1 on an error, 128 + signal when stopped."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, formatter_class=as_written)
+    # what is not given is not there
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, **how)
     parser.add_argument("command", choices=["run", "train", "evaluate", "watch"])
     parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
-    parser.add_argument("--out", metavar="FOLDER", default="", help="where to write (reports/RECIPE; the run's folder)")
-    parser.add_argument("--data-root", metavar="FOLDER", default="", help="folder of the sets known by name")
-    names = {"metavar": "NAME", "nargs": "+", "default": []}
-    parser.add_argument("--datasets", help="sets under it: cifar10 coco2017 ... (all)", **names)
-    parser.add_argument("--measures", help="zero_shot retrieval ... (all)", **names)
-    setting = "a setting: 03_train.episodes=2, episodes=2, draws=200; may be repeated"
-    parser.add_argument("-p", action="append", default=[], dest="parameters", metavar="NAME=VALUE", help=setting)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
+    parser.add_argument("--data-root", metavar="FOLDER", help="folder of the sets known by name")
+    parser.add_argument("--datasets", metavar="NAME", nargs="+", help="sets under it: cifar10 coco2017 ... (all)")
+    parser.add_argument("--measures", metavar="NAME", nargs="+", help="zero_shot retrieval ... (all)")
+    parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", type=batch.read_parameter, help="see above")
+    given = vars(parser.parse_args())
+    command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
     try:
-        {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[arguments.command](arguments)
+        {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[command](what, given | dict(settings))
     except ValidationError as error:
         sys.exit("error: " + "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors()))
-    except (OSError, ValueError, batch.StepFailed) as error:
+    except (OSError, ValueError, ArithmeticError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print("stopped; the same command continues from there", file=sys.stderr)
-        sys.exit(128 + (stop.args[0] if stop.args else 2))
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,15 @@ A recipe maps steps, in the order they run, to the parameters of their notebooks
 import base64
 import contextlib
 import csv
-import hashlib
 import io
 import itertools
 import json
-import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -40,7 +36,6 @@ import psutil
 import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
-from tqdm import tqdm
 
 from protoclip_lab.config import TrainConfig, nearest_name
 from protoclip_lab.storage import write_json, write_text
@@ -48,11 +43,6 @@ from protoclip_lab.storage import write_json, write_text
 TRAIN = "03_train"
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ["common", "arms", "grid"]
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class RecipeError(ValueError):
-    """Recipe, overrides and notebooks don't fit together; nothing has run yet."""
 
 
 class StepFailed(RuntimeError):
@@ -76,8 +66,8 @@ class Step:
     name: str
     notebook: Path
     output: Path
-    parameters: dict[str, Any] = field(default_factory=dict)
-    upstream: list["Step"] = field(default_factory=list)
+    parameters: dict[str, Any]
+    upstream: list["Step"]
 
     def __post_init__(self) -> None:
         self.record = self.output / "step.json"
@@ -97,36 +87,37 @@ class Step:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 5e-4 is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if key := next((key for key in keys if keys.count(key) > 1), None):
-            raise RecipeError(f"{key!r} stands twice{node.start_mark}; two uses of a step are {key}:a and {key}:b")
-        return super().construct_mapping(node, deep=deep)
+    """YAML as people write it: 5e-4 is a number."""
 
 
-# YAML 1.1 wants a dot in the mantissa and would read 5e-4 as text
+# YAML 1.1 wants a dot in the mantissa and would read it as text
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_yaml(text: str) -> Any:
-    """YAML or JSON; RecipeError where it is neither."""
+    """YAML or JSON; ValueError where it is neither."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"not YAML: {error}") from error
+        raise ValueError(f"not YAML: {error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file of ``name: value``; ValueError where it is no such thing."""
+    if not isinstance(found := read_yaml(path.read_text("utf-8")), dict):
+        raise ValueError(f"{path} holds no lines of `name: value`")
+    return found
 
 
 def _check(names: Iterable[str], valid: Collection[str], where: str) -> None:
     if wrong := [name for name in names if name not in valid]:
-        raise RecipeError(f"{where}: unknown name {wrong[0]!r}" + (f"; did you mean {nearest_name(wrong[0], valid)}?" if valid else ""))
+        raise ValueError(f"{where}: unknown name {wrong[0]!r}" + (f"; did you mean {nearest_name(wrong[0], valid)}?" if valid else ""))
 
 
-def _cells(notebook: Path, *kinds: str) -> list[tuple[str, list[str]]]:
-    """(source, tags) of each cell of these types: ``code``, ``markdown``."""
+def _cells(notebook: Path, kind: str) -> list[tuple[str, list[str]]]:
+    """(source, tags) of each cell of a type, ``code`` or ``markdown``."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
-    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] in kinds]
+    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == kind]
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
@@ -138,21 +129,16 @@ def notebook_parameters(notebook: Path) -> list[str]:
     return re.findall(r"^(\w+)\s*(?::[^=\n]*)?=", "\n".join(sources), re.MULTILINE)
 
 
-def _sections(step: str, given: Any) -> tuple[dict, dict, dict]:
+def _sections(given: Any) -> tuple[dict, dict, dict]:
     """A step's entry as common, arms and grid."""
     given = dict(given or {})
     common, arms, grid = (dict(given.pop(section, None) or {}) for section in SECTIONS)
-    for axis, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise RecipeError(f"{step}: grid.{axis} is {values!r}; an axis is a list of values, such as [{values}]")
     return common | given, {str(arm): dict(arms[arm] or {}) for arm in arms}, grid
 
 
 def read_parameter(text: str) -> tuple[str, Any]:
-    """``name=value`` as a name and a YAML value; RecipeError where it is no such thing."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RecipeError(f"-p {text}: write it as name=value")
+    """``name=value`` as a name and a YAML value; ValueError where it is no such thing."""
+    name, value = text.split("=", 1)
     return name, read_yaml(value)
 
 
@@ -185,18 +171,18 @@ def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple
             yield name, given, []
 
 
-def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None) -> tuple[list[Step], Path]:
+def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: str | Path | None = None) -> tuple[list[Step], Path]:
     """Every step of a recipe in order, parameters resolved, and the report folder; runs nothing.
 
     Args:
         recipe: a path, or a bare name in ``notebooks/recipes``.
-        overrides: ``name=value`` for a recipe's own parameter, ``step.name=value``, ``03_train.arm.name=value``,
-            ``03_train.grid.name=[value, value]``; values are YAML.
+        overrides: values by the name of the recipe's own parameter, ``step.name``, ``03_train.arm.name``, or
+            ``03_train.grid.name``, a list.
         out: the report folder, by default ``reports/<recipe>``.
 
     Raises:
-        RecipeError: an unknown recipe, notebook, step, arm or parameter, with the nearest valid one; a recipe
-            parameter left without a value.
+        ValueError: an unknown recipe, notebook, step, arm or parameter, with the nearest valid one; a recipe parameter
+            left without a value; settings of 03_train that TrainConfig refuses.
     """
     # the current folder's notebooks, else those of the checkout this package belongs to
     home = (Path.cwd() if Path("notebooks").is_dir() else Path(__file__).resolve().parents[1]) / "notebooks"
@@ -204,14 +190,12 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
     if not Path(recipe).is_file():
         _check([str(recipe)], known_recipes, "recipe")
     path = known_recipes.get(str(recipe), Path(recipe))
-    document = read_yaml(path.read_text("utf-8"))
-    if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping from steps to their parameters")
+    document = read_mapping(path)
     own = dict(document.pop("parameters", None) or {})
     notebooks = {p.stem: p for p in sorted(home.glob("[0-9]*.ipynb"))}
     _check([step.partition(":")[0] for step in document], [*notebooks, "parameters"], path.name)
 
-    steps = {step: _sections(step, given) for step, given in document.items()}
+    steps = {step: _sections(given) for step, given in document.items()}
     sources = {step: notebooks[step.partition(":")[0]] for step in steps}
     folder_of = {step: "run" if source.stem == TRAIN else "output" for step, source in sources.items()}
     has = {step: [n for n in notebook_parameters(sources[step]) if n != folder_of[step]] for step in steps}
@@ -221,30 +205,25 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
             _check(given, has[step] + SECTIONS, f"{path.name}: {part}")
             places |= {f"{part}.{name}": given for name in has[step] if name not in grid}
         places |= {f"{step}.{name}": grid for name in grid}
-    for key, value in map(read_parameter, overrides):
+    for key, value in (overrides or {}).items():
         _check([key], places, "-p")
         step, _, name = key.rpartition(".")
         if arm := next((arm for arm, given in steps.get(step, ({}, {}))[1].items() if name in given), None):
-            raise RecipeError(f"-p {key}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={value}")
+            raise ValueError(f"-p {key}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={value}")
         places[key][name] = value
-    known = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
-    if name := next((name for name, value in known.items() if value is None), None):
-        raise RecipeError(f"recipe {path.stem} needs {name}: add -p {name}=FOLDER, or set {name.upper()}=FOLDER")
+    own = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
+    if missing := [name for name, value in own.items() if value is None]:
+        raise ValueError(f"recipe {path.stem} needs {missing[0]}: add -p {missing[0]}=VALUE, or set {missing[0].upper()}=VALUE")
 
     out = Path(out or home.parent / "reports" / path.stem).resolve()
-    planned: list[Step] = []
+    known, planned = own, []
     for step, section in steps.items():
         for use, given, read in _uses(section, has[step], planned):
             use = use.strip("/") or ("run" if folder_of[step] == "run" else "")
             name, output = f"{step}/{use}".rstrip("/"), out / step.replace(":", "_") / use
-            if any(s.output == output for s in planned):
-                raise RecipeError(f"{path.name}: two runs would both write to {output}; rename one")
             parameters, used = _resolve({folder_of[step]: str(output), **given}, known, f"{path.name}: {name}")
             if folder_of[step] == "run":
-                try:  # now, not after the steps before it
-                    TrainConfig(**parameters)
-                except ValueError as error:
-                    raise RecipeError(f"{path.name}: {name}: {error}") from error
+                TrainConfig(**parameters)  # refuses now, not after the steps before it
             upstream = [s for s in planned if s in read or s.name.partition("/")[0] in used]
             planned.append(Step(name, sources[step], output, parameters, upstream))
         known[step] = str(out / step.replace(":", "_"))
@@ -254,14 +233,7 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | No
 # ---------------------------------------------------------------- running it
 
 
-def _tick(bar: tqdm) -> None:
-    """Redraw each second, so that the clock of a long cell runs."""
-    while not bar.disable:
-        time.sleep(1)
-        bar.refresh()
-
-
-def _execute(step: Step, bar: tqdm) -> None:
+def _execute(step: Step, title: str) -> None:
     """Run the notebook in a kernel of this interpreter, whatever kernels are registered under its name."""
     import papermill
     from ipykernel.kernelspec import get_kernel_dict
@@ -272,18 +244,16 @@ def _execute(step: Step, bar: tqdm) -> None:
         # what a kernel logs would break the live line; what a notebook prints is in the executed notebook
         kernel_spec = kernelspec.KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=50"]))
 
-    def on_cell(cell: Any, cell_index: int) -> None:
-        bar.n = cell_index + 1
-
-    options = dict(kernel_name="python3", language="python", kernel_manager_class=Kernel, on_cell_start=on_cell, progress_bar=False)
-    where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}\nThe same command continues from there."
+    started = []
+    line = {"desc": title, "bar_format": "{desc}  cell {n}/{total}  {elapsed}", "leave": False, "disable": None}
+    options = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "progress_bar": line}
+    options |= {"cwd": step.notebook.parents[1], "on_cell_start": lambda **cell: started.append(cell)}
     try:
-        papermill.execute_notebook(step.notebook, step.executed, step.parameters, cwd=step.notebook.parents[1], **options)
-    except papermill.exceptions.PapermillExecutionError as error:
-        what = f"(In [{error.exec_count}]: {error.source.strip().splitlines()[0]})\n  {error.ename}: {error.evalue}"
-        raise StepFailed(f"{step.name} failed in cell {bar.n} of {bar.total} {what}{where}") from None
-    except DeadKernelError:
-        raise StepFailed(f"{step.name}: the kernel died in cell {bar.n} of {bar.total}; was there enough memory?{where}") from None
+        papermill.execute_notebook(step.notebook, step.executed, step.parameters, **options)
+    except (papermill.exceptions.PapermillExecutionError, DeadKernelError) as error:
+        why = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{error}; was there enough memory?"
+        where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}\nThe same command continues from there."
+        raise StepFailed(f"{step.name} failed in cell {len(started)}\n  {why}{where}") from None
 
 
 def _write_page(step: Step) -> None:
@@ -298,32 +268,25 @@ def _write_page(step: Step) -> None:
 def _run_step(step: Step, title: str) -> None:
     """Execute one step unless it stands finished; its record is written first and last.
 
-    A folder made with other inputs (parameters, upstream records) is moved aside, never deleted: it may hold days of
+    A folder made with other inputs (parameters, steps it reads from) is moved aside, never deleted: it may hold days of
     training. One whose notebook alone was edited is kept, so that 03_train takes up its run.
     """
-    given = [step.parameters, [upstream.record.read_text("utf-8") for upstream in step.upstream]]
-    texts = [json.dumps(given, sort_keys=True, default=str), json.dumps(_cells(step.notebook, "code"))]
-    inputs, code = (hashlib.sha256("".join(texts[:n]).encode()).hexdigest() for n in (1, 2))
-    record, found = {"step": step.name, "inputs": inputs, "code": code, "finished": None}, step.recorded()
+    inputs = [step.parameters, [upstream.recorded()["finished"] for upstream in step.upstream]]
+    code, found = [source for source, _ in _cells(step.notebook, "code")], step.recorded()
+    record = {"step": step.name, "inputs": inputs, "code": code, "finished": None}
     if found and found["inputs"] != inputs:
-        aside = (step.output.with_name(f"{step.output.name}.old-{n}") for n in itertools.count(1))
-        step.output.rename(next(path for path in aside if not path.exists()))
+        step.output.rename(step.output.with_name(f"{step.output.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}"))
     elif found and found["code"] == code and found["finished"]:
         print(f"{title}  unchanged since {found['finished'][:19]}; delete its folder to run it again", file=sys.stderr)
         return
     step.output.mkdir(parents=True, exist_ok=True)
     write_json(step.record, record)
-    start, total = time.monotonic(), len(_cells(step.notebook, "code", "markdown")) + 1
-    with tqdm(desc=title, total=total, bar_format="{desc}  cell {n}/{total}  {elapsed}", dynamic_ncols=True, disable=None) as bar:
-        threading.Thread(target=_tick, args=[bar], daemon=True).start()
-        if bar.disable:  # a log
-            print(f"{title}  starts  0:00:00", file=sys.stderr, flush=True)
-        _execute(step, bar)
-        _write_page(step)
-        record |= {"finished": datetime.now().isoformat(" "), "seconds": round(time.monotonic() - start)}
-        write_json(step.record, record)
-        if bar.disable:
-            print(f"{title}  done  {timedelta(seconds=record['seconds'])}", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    _execute(step, title)
+    _write_page(step)
+    record |= {"finished": datetime.now().isoformat(" "), "seconds": round(time.monotonic() - start)}
+    write_json(step.record, record)
+    print(f"{title}  done  {timedelta(seconds=record['seconds'])}", file=sys.stderr, flush=True)
 
 
 def _embedded(path: Path) -> str:
@@ -346,33 +309,28 @@ def _write_index(recipe: str, steps: list[Step], out: Path) -> None:
     write_text(out / "index.html", template.render(about, defaults=TrainConfig()).replace(f"{out}/", ""))
 
 
-def _stop(signum: int, frame: Any) -> None:
-    """On SIGINT or SIGTERM: leave no kernel nor child of one behind, then KeyboardInterrupt(signal)."""
-    for caught in SIGNALS:
-        signal.signal(caught, signal.SIG_IGN)  # an impatient second Ctrl-C must not cut the clean-up short
-    logging.getLogger("asyncio").disabled = True  # it would report each task that waited for the kernel
+def stop(signum: int, frame: Any) -> None:
+    """Handle SIGINT or SIGTERM while a recipe runs: leave no kernel nor child of one behind, then KeyboardInterrupt."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    raise KeyboardInterrupt(signum)
+    raise KeyboardInterrupt
 
 
-def run(recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None) -> Path:
+def run(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: str | Path | None = None) -> Path:
     """Execute a recipe's steps, skip those that stand finished, and return its ``index.html``.
 
     Arguments as for :func:`plan`. A step runs again when its parameters, its notebook's code or a step it reads from
     changed; a change in the library does not count: delete a step's folder to have it run again.
 
     Raises:
-        RecipeError: see :func:`plan`.
+        ValueError: see :func:`plan`; nothing has run then.
         StepFailed: with the notebook, the cell, the error and the executed notebook.
-        KeyboardInterrupt: on SIGINT or SIGTERM, with the signal's number; kernels are gone by then.
     """
     steps, out = plan(recipe, overrides, out)
-    with contextlib.ExitStack() as at_the_end:
-        for caught in SIGNALS:
-            at_the_end.callback(signal.signal, caught, signal.signal(caught, _stop))
-        at_the_end.callback(_write_index, Path(recipe).stem, steps, out)
+    try:
         for number, step in enumerate(steps, 1):
             _run_step(step, f"[{number}/{len(steps)}] {step.name}")
+    finally:
+        _write_index(Path(recipe).stem, steps, out)
     return out / "index.html"

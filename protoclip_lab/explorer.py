@@ -19,6 +19,7 @@ from protoclip_lab.snapshot import Snapshot, open_snapshot
 PICTURES = 12  # at a time
 NEAREST = 5  # captions and prototypes
 EDGES = (-1.1, 1.1)  # of the map, whose points lie within -1 and 1
+HINT = "Click a point, drag a box, choose a prototype or type a caption"
 OTHERS = "others"  # groups beyond the palette, in the legend
 
 _load = lru_cache(2)(encoders.load)
@@ -84,7 +85,8 @@ class View(VBox):
             "tooltip_histograms": False,
         }
         self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **hover)
-        self._draw()
+        self._colour()
+        self.show([], HINT)
 
         reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}
         reactions |= {self.prototype: self._show_prototype, self.caption: self._find}
@@ -127,7 +129,7 @@ class View(VBox):
 
     def _open(self, _: Any) -> None:
         self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=self.checkpoint.value, **self.options)
-        self._draw()
+        self._draw(_)
 
     def _read(self) -> None:
         snapshot, joint = self.snapshot, self.modality.value == "joint"
@@ -146,11 +148,11 @@ class View(VBox):
         sizes = pd.Series(self.assigned).value_counts().items()
         self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
 
-    def _draw(self, _: Any = None) -> None:
+    def _draw(self, _: Any) -> None:
         self._read()
         self.scatter.data(self.table).widget.reset_view()
         self._colour()
-        self.show([], "Click a point, drag a box, choose a prototype or type a caption")
+        self.show([], HINT)
 
     def _colour(self, _: Any = None) -> None:
         groups = self.table[self.colouring.value].cat.categories

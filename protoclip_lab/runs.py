@@ -1,28 +1,26 @@
 """The run directory: config, metrics, checkpoints, and what an interrupted run needs to go on."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
-import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from scipy.special import stdtrit
 
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data import pairs, source
-from protoclip_lab.storage import sync, write_json, write_text
+from protoclip_lab.storage import write_json, write_text
 
 # These may change when a run is resumed: none has a say in weights or metrics.
 FREE = {"workers", "save_every", "tensorboard", "wandb", "run", "draw_every"}
@@ -115,7 +113,7 @@ class Run:
         """Drop what was logged after a step and a checkpoint: the resumed run writes it again."""
         metrics, evaluation = self.path / "metrics.jsonl", self.path / "evaluation.jsonl"
         _write_rows(metrics, [row for row in _read_rows(metrics) if row["step"] <= step])
-        with locked(self.path / "evaluation.lock"):
+        with FileLock(self.path / "evaluation.lock"):
             _write_rows(evaluation, [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint])
 
     def save(self, name: str, write: Callable[[Path], None]) -> Path:
@@ -128,24 +126,12 @@ class Run:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write(staging)
-        sums = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
-        write_json(staging / CHECKSUMS, sums)
-        for name in [*sums, "."]:
-            sync(staging / name)
+        write_json(staging / CHECKSUMS, {p.name: _sha256(p) for p in sorted(staging.iterdir())})
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
-        sync(final.parent)
         for passed in {*final.parent.glob("episode_*_step_*")} - {final}:
             shutil.rmtree(passed)
         return final
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the run for this process; the lock goes with the process, however it ends.
-
-        Raises:
-            RuntimeError: another process trains this run.
-        """
-        return locked(self.path / "lock", wait=False)
 
 
 def checkpoint_name(episode: int, step: int = 0) -> str:
@@ -157,29 +143,17 @@ def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
     """Add rows to a folder's ``evaluation.jsonl`` and return all; a measure taken again replaces its last value."""
     folder.mkdir(parents=True, exist_ok=True)
     # A training and a watcher may write at once.
-    with locked(folder / "evaluation.lock"):
+    with FileLock(folder / "evaluation.lock"):
         known = {(r["checkpoint"], r["dataset"], r["measure"]): r for r in [*_read_rows(folder / "evaluation.jsonl"), *rows]}
         _write_rows(folder / "evaluation.jsonl", known.values())
     return _evaluations(known.values())
 
 
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file; RuntimeError where another process does and ``wait`` is False."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise RuntimeError(f"{path.parent.absolute()} is being trained by another process") from error
-        yield
-
-
 def pairs_of(run: Run) -> pairs.Pairs:
     """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
-    config = run.config
-    names = ("image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share")
-    folder = run.path.parent / "shapes" if config.table == "shapes" else run.path
-    return source.open_pairs(folder, config.table, **{name: getattr(config, name) for name in names})
+    folder = run.path.parent / "shapes" if run.config.table == "shapes" else run.path
+    names = {"table", "image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share"}
+    return source.open_pairs(folder, **run.config.model_dump(include=names))
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -302,19 +276,14 @@ def _sha256(path: Path) -> str:
 
 
 def _environment(config: TrainConfig) -> dict[str, Any]:
-    commit = _git("rev-parse", "--verify", "HEAD").strip()
-    if commit:
-        (Path(config.run) / "uncommitted.diff").write_text(_git("diff", "HEAD"), "utf-8")
-    accelerated = config.device != "cpu" and torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
-    device += f": {torch.cuda.get_device_name()}" if device == "cuda" else f" ({torch.get_num_threads()} threads)"
+    device = f"cpu ({config.threads or torch.get_num_threads()} threads)"
+    if config.device != "cpu" and torch.accelerator.is_available():
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
+    (Path(config.run) / "uncommitted.diff").write_text(_git("diff HEAD"), "utf-8")
     packages = {found.name: found.version for found in importlib.metadata.distributions()}
-    about = {"python": sys.version, "platform": platform.platform(), "device": device, "packages": packages}
-    return about | {"commit": commit or None, "command": sys.argv}
+    return {"python": sys.version, "device": device, "packages": packages, "commit": _git("rev-parse --verify HEAD").strip()}
 
 
-def _git(*words: str) -> str:
+def _git(command: str) -> str:
     """What git says of this source; nothing where there is no git or no checkout."""
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout
+    return subprocess.run(f"git {command}", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, state, tracking
+from filelock import FileLock
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
-from protoclip_lab.config import TrainConfig
+from protoclip_lab.config import TrainConfig, require
 from protoclip_lab.data.batches import Batches, Reader, augmentation
 from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS
@@ -31,10 +31,6 @@ from protoclip_lab.randomness import derive
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,14 +48,15 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
 
     Raises:
         ValueError: the run folder holds a run with other settings, or data, teachers and settings do not fit.
-        NonFiniteLoss: names the step, the episode and the last good checkpoint.
+        FloatingPointError: the loss or its gradient became NaN or infinite; names the step, the episode and the last good checkpoint.
+        filelock.Timeout: another process trains this run.
         Interrupted: on SIGINT (Ctrl-C, a kernel's interrupt), once the step in progress is done and a checkpoint
             holds what was learnt; a second one stops at once, without.
     """
     config = TrainConfig.model_validate(config)
     run = Run.create(config)
     if not run.finished:
-        with run.locked():
+        with FileLock(run.path / "only_one_process_trains.lock", timeout=0):
             _Trainer(config, run, after_row).fit()
     return run
 
@@ -98,18 +95,21 @@ class _Trainer:
         self.config, self.run, self.after_row = config, run, after_row
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.accelerator = _accelerator(config)
+        # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        self.accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=config.device == "cpu")
         self.device = self.accelerator.device
+        there = config.device in ("auto", self.device.type)
+        require(there, f"device = {config.device!r} is not there; the nearest valid value is {self.device.type!r}")
         self.pairs = pairs_of(run)
         shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
-        if size < self.width:
-            raise ValueError(f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
+        require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[prototypes.Prototypes] = []
-        self.step, checkpoint = 0, run.latest  # steps done in all
+        self.step, self.interrupted, checkpoint = 0, False, run.latest  # steps done in all
         # A resumed run fetches no pretrained weights: its own replace them.
         fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
         self.bare = model = encoders.create(config.model_copy(update=fresh))
@@ -134,10 +134,9 @@ class _Trainer:
     # --- the loop
 
     def fit(self) -> None:
-        config, name, trackers = self.config, self.run.path.name, []
+        config, name = self.config, self.run.path.name
         total = config.episodes * self.steps
-        if config.tensorboard:
-            trackers.append(tracking.TensorBoardTracker("tensorboard", self.run.path, purge_step=self.step + 1))
+        trackers = [tracking.TensorBoardTracker("tensorboard", self.run.path, purge_step=self.step + 1)] if config.tensorboard else []
         if config.wandb:
             trackers.append(tracking.WandBTracker(config.wandb, name=name, id=name, resume="allow", config=config.model_dump()))
         self.accelerator.log_with = trackers
@@ -145,26 +144,29 @@ class _Trainer:
         if config.tensorboard:
             # Written when TensorBoard sees fit: accelerate would at every step, which costs a twentieth of the time.
             self.accelerator.get_tracker("tensorboard", unwrap=True).flush = lambda: None
-        bar = tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=1)
-        with bar as self.bar, _interrupts() as self.interrupted:
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        with tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=1) as self.bar:
             try:
                 while self.step < total:
                     self._episode(self.step // self.steps + 1)
             except Interrupted:
-                name = checkpoint_name(*divmod(self.step, self.steps))
-                if self.step and not (self.run.path / "checkpoints" / name).exists():
-                    self.run.save(name, self._write)
-                bar.write(f"Stopped after step {self.step} of {total}, nothing is lost: the same call goes on from there.")
+                if self.step:
+                    self.run.save(checkpoint_name(*divmod(self.step, self.steps)), self._write)
                 raise
             finally:
+                signal.signal(signal.SIGINT, before)
                 self.accelerator.end_training()
         write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
 
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        """Stop after the step in progress; asked again, at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt(signum)
+        self.interrupted = True
+
     def _begin(self) -> None:
-        """What an episode adds up, while none of its steps is done."""
-        self.row: dict[str, Any] = {}
-        self.losses: dict[str, float] = defaultdict(float)
-        self.seconds: dict[str, float] = defaultdict(float)
+        """What an episode adds up, while none of its steps is done: its row of the metrics, and moments."""
+        self.row: dict[str, float] = defaultdict(float)
         # First and second moments of z_I and z_T, for the modality gap and the features' spread.
         self.moments = torch.zeros(2, 2, self.bare.model_cfg["embed_dim"], device=self.device)
 
@@ -180,10 +182,8 @@ class _Trainer:
             # Those of an earlier episode; or of this one, which was interrupted.
             self.records = [replace(record, carried=carried) for record in self.records]
         elif teaching:
-            self.bar.set_postfix_str(f"episode {episode}: extracting")
             with self._timed("extract"):
                 features = self._extract(episode)
-            self.bar.set_postfix_str(f"episode {episode}: clustering")
             with self._timed("cluster"):
                 self._construct(episode, features)
         with self._timed("learn"):
@@ -197,10 +197,9 @@ class _Trainer:
         mean, square = self.moments
         std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
         spread = {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
-        times = {f"time/{stage}": spent for stage, spent in self.seconds.items()}
-        times["time/images_per_second"] = self.steps * self.width / self.seconds["learn"]
-        times["time/share_waiting"] = self.seconds["wait"] / (self.seconds["learn"] + self.seconds.get("extract", 0))
-        self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **self.losses, **spread, **times})
+        spread["time/images_per_second"] = self.steps * self.width / self.row["time/learn"]
+        spread["time/share_waiting"] = self.row["time/wait"] / (self.row["time/learn"] + self.row.get("time/extract", 0))
+        self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **spread})
         self._begin()
         if episode % config.save_every == 0 or episode == config.episodes:
             self.run.save(checkpoint_name(episode), self._write)
@@ -251,12 +250,12 @@ class _Trainer:
             z = torch.stack([outputs.image, outputs.text]).detach()
             self.moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
             parts = {name: float(value) for name, value in parts.items()}
-            self._check("loss", parts["loss"], step)
-            if self.accelerator.scaler is None:
-                # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
-                self._check("gradient norm", norm, step)
+            # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
+            if not math.isfinite(parts["loss"] + (norm if self.accelerator.scaler is None else 0)):
+                found = f"loss is {parts['loss']}, gradient norm is {norm} at step {step + 1} of episode {episode}: take a lower lr"
+                raise FloatingPointError(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}")
             for name, value in parts.items():
-                self.losses[name] += value / self.steps
+                self.row[name] += value / self.steps
             self.step += 1
             self.bar.update()
             self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
@@ -317,40 +316,40 @@ class _Trainer:
     # --- helpers of the loop
 
     def _teachers(self) -> tuple[list[prototypes.Teacher], dict[str, np.ndarray]]:
+        """Who teaches, and the features of those that are external."""
         config = self.config
         if config.objective != "protoclip":
             return [], {}
-        ks, external = config.teacher_ks(), {}
+        ks, named = config.teacher_ks(), dict(zip(config.teacher_names(), config.teachers, strict=True))
         own = {"temperature": config.temperature, "weight": config.proto_weight / 2}
         found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
-        for name, teacher in zip(config.teacher_names(), config.teachers, strict=True):
-            external[name] = teachers.load(teacher.features, self.pairs)
-            found.append(prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2))
+        found += [prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2) for name, teacher in named.items()]
         too_many = max((k for teacher in found for k in teacher.ks), default=0)
-        if too_many > self.episodes.size:
-            raise ValueError(f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
-        return found, external
+        require(too_many <= self.episodes.size, f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
+        return found, {name: teachers.load(teacher.features, self.pairs) for name, teacher in named.items()}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        """Count the seconds of a stage; on a GPU it ends when its work has."""
+        """Show a stage and count its seconds; on a GPU it ends when its work has."""
+        self.bar.set_postfix_str(stage)
         begin = time.perf_counter()
         try:
             yield
         finally:
-            if self.device.type == "cuda" and stage != "wait":
+            if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.seconds[stage] += time.perf_counter() - begin
+            self.row[f"time/{stage}"] += time.perf_counter() - begin
 
     def _read(self, rows: list[np.ndarray], **plan: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and tokens of these rows on the device, the time spent waiting for them counted."""
         reading = self.reader.read(rows, **plan)
         for _ in rows:
             # Not between clustering and the first step: the checkpoint would hold half of what the episode starts from.
-            if self.interrupted.is_set() and (self.step % self.steps or plan["purpose"] == "extract"):
-                raise Interrupted(signal.SIGINT.value)
-            with self._timed("wait"):
-                batch = next(reading)
+            if self.interrupted and (self.step % self.steps or plan["purpose"] == "extract"):
+                raise Interrupted(f"after step {self.step}; nothing is lost, the same call goes on from there")
+            begin = time.perf_counter()
+            batch = next(reading)
+            self.row["time/wait"] += time.perf_counter() - begin
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
             yield images.contiguous(memory_format=torch.channels_last), tokens
 
@@ -367,7 +366,7 @@ class _Trainer:
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config
-        image_end = config.lit_start_episode - 1 if config.lit_start_episode is not None else config.episodes
+        image_end = config.lit_start_episode - 1 if config.lit_start_episode else config.episodes
         image = learning_rate(step, config.lr, 0, image_end * self.steps, config.warmup_steps)
         base = config.lr if config.text_lr is None else config.text_lr
         start, end = config.text_start_episode - 1, config.text_end_episode or config.episodes
@@ -375,12 +374,6 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = image if group["tower"] == "image" else rest
         return {"lr/image": image, "lr/rest": rest}
-
-    def _check(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            found = f"{what} is {value} at step {step + 1} of episode {step // self.steps + 1}"
-            todo = "A lower lr, a longer warm-up or precision fp32 usually helps."
-            raise NonFiniteLoss(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}. {todo}")
 
     def _draw(self, episode: int) -> None:
         # A thousand pairs show where the modalities lie.
@@ -398,14 +391,12 @@ class _Trainer:
         tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
         save_file(tensors, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        begun = {"row": self.row, "losses": self.losses, "seconds": self.seconds, "moments": self.moments.tolist()}
-        write_json(folder / "trainer.json", {"step": self.step, "scaler": scaler, **begun})
+        write_json(folder / "trainer.json", {"step": self.step, "row": self.row, "moments": self.moments.tolist(), "scaler": scaler})
 
     def _restore(self, checkpoint: Path) -> None:
         about = json.loads((checkpoint / "trainer.json").read_text())
-        self.step, self.row = about["step"], about["row"]
-        self.losses.update(about["losses"])
-        self.seconds.update(about["seconds"])
+        self.step = about["step"]
+        self.row.update(about["row"])
         self.moments.copy_(torch.tensor(about["moments"]))
         self.records = prototypes.load(checkpoint, self.device)
         encoders.restore(self.bare, checkpoint)
@@ -417,35 +408,3 @@ class _Trainer:
             self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(value)
         if about["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(about["scaler"])
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that the first SIGINT sets; the second is a KeyboardInterrupt. Other threads than the main one get none."""
-    asked = threading.Event()
-
-    def ask(signum: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt(signum)
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=config.device == "cpu")
-    found = accelerator.device.type
-    if config.device not in ("auto", found):
-        raise ValueError(f"device = {config.device!r} is not there; the nearest valid value is {found!r}")
-    if config.precision == "fp16" and found == "cpu":
-        raise ValueError("precision = 'fp16' needs a GPU; on a CPU the nearest valid value is 'bf16'")
-    return accelerator

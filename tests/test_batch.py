@@ -86,8 +86,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def given(*parameters: str) -> dict[str, object]:
+    return dict(map(batch.read_parameter, parameters))
+
+
 def plan(*overrides: str) -> dict[str, batch.Step]:
-    steps, _ = batch.plan("tiny", ["name=m", *overrides])
+    steps, _ = batch.plan("tiny", given("name=m", *overrides))
     return {step.name: step for step in steps}
 
 
@@ -152,7 +156,7 @@ def test_a_training_without_arms_and_grid_is_one_run(lab: Path) -> None:
 
 
 def test_a_list_is_an_axis_only_under_grid(lab: Path) -> None:
-    write_recipe(lab, "03_train: {common: {k: [10, 20]}, grid: {k: [[10, 20], 30], seed: [0]}}")
+    write_recipe(lab, "03_train: {common: {k: [10, 20]}, grid: {k: [[10, 20], 30], seed: 0}}")
     steps = batch.plan("tiny")[0]
     assert [(s.output.name, s.parameters["k"]) for s in steps] == [("k=-10,-20-_seed=0", [10, 20]), ("k=30_seed=0", 30)]
 
@@ -177,8 +181,7 @@ def test_overrides_reach_recipe_step_arm_and_grid(lab: Path) -> None:
 
 def test_a_recipe_parameter_left_open_comes_from_the_environment(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NAME", "from-environment")
-    model = batch.plan("tiny")[0][1].parameters["model"]
-    assert model == "from-environment"
+    assert batch.plan("tiny")[0][1].parameters["model"] == "from-environment"
     assert plan("name=given")["02_extract_teacher:minilm"].parameters["model"] == "given"
 
 
@@ -197,12 +200,11 @@ def test_a_recipe_parameter_left_open_comes_from_the_environment(lab: Path, monk
         ("03_train.k=7", "arm protoclip sets k itself; write -p 03_train.protoclip.k=7"),
         ("03_train.episodes=-1", "episodes = -1 is out of range"),
         ("03_train.protoclip.teachers=[{feature: x}]", "nearest valid name is 'features'"),
-        ("size", "write it as name=value"),
         ("size=[", "not YAML"),
     ],
 )
 def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, message: str) -> None:
-    with pytest.raises(batch.RecipeError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         plan(override)
     assert not (lab / "reports").exists()
 
@@ -215,23 +217,20 @@ def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, m
         ("03_train: {arms: {clip: {episods: 3}}}", "03_train.clip: unknown name 'episods'; did you mean episodes?"),
         ("03_train: {grid: {sed: [0]}}", "03_train.grid: unknown name 'sed'; did you mean seed?"),
         ("03_train: {arm: {clip: {}}}", "unknown name 'arm'; did you mean arms?"),
-        ("03_train: {grid: {seed: 0}}", "grid.seed is 0; an axis is a list of values, such as [0]"),
-        ("03_train: {grid: {k: [[1], [1]]}}", "two runs would both write to"),
         ('02_extract_teacher: {table: "{01_prepare_data}/x"}', "names no earlier step: unknown name '01_prepare_data'"),
-        ("01_prepare_data: {}\n01_prepare_data: {size: 3}", "'01_prepare_data' stands twice"),
-        ("parameters: {flickr8k: null}", "add -p flickr8k=FOLDER, or set FLICKR8K=FOLDER"),
-        ("- 01_prepare_data", "a recipe is a mapping"),
+        ("parameters: {flickr8k: null}", "recipe tiny needs flickr8k: add -p flickr8k=VALUE, or set FLICKR8K=VALUE"),
+        ("- 01_prepare_data", "tiny.yaml holds no lines of `name: value`"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_remedy(lab: Path, recipe: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLICKR8K", raising=False)
     write_recipe(lab, recipe)
-    with pytest.raises(batch.RecipeError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         batch.plan("tiny")
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest(lab: Path) -> None:
-    with pytest.raises(batch.RecipeError, match="unknown name 'tyni'; did you mean tiny"):
+    with pytest.raises(ValueError, match="unknown name 'tyni'; did you mean tiny"):
         batch.plan("tyni")
 
 
@@ -263,7 +262,7 @@ def executed(lab: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(*overrides: str) -> list[str]:
         (lab / "log.txt").write_text("")
-        batch.run("tiny", ["name=m", "03_train.seed=0", *overrides])
+        batch.run("tiny", given("name=m", "03_train.seed=0", *overrides))
         return (lab / "log.txt").read_text().split()
 
     return run
@@ -311,7 +310,7 @@ def test_a_training_with_other_parameters_starts_anew_and_keeps_the_old_one_asid
         (run / "checkpoint").write_text(str(episodes))
         assert "clip_seed=0" in executed(f"03_train.episodes={episodes}")
         assert not (run / "checkpoint").exists()
-    assert [(run.with_name(f"{run.name}.old-{n}") / "checkpoint").read_text() for n in (1, 2)] == ["7", "8"]
+    assert [(old / "checkpoint").read_text() for old in sorted(run.parent.glob(f"{run.name}.old-*"))] == ["7", "8"]
 
 
 def test_an_edited_notebook_runs_again_in_its_folder(executed, lab: Path) -> None:
@@ -372,9 +371,7 @@ def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
     shown = capsys.readouterr()
     assert shown.out == f"report: {lab}/out/index.html\n"
     lines = [re.sub(r"  \d:\d\d:\d\d$", "", line) for line in shown.err.splitlines()]
-    assert lines == [
-        f"[{n}/2] {name}  {state}" for n, name in enumerate(["01_prepare_data", "06_compare"], 1) for state in ("starts", "done")
-    ]
+    assert lines == ["[1/2] 01_prepare_data  done", "[2/2] 06_compare  done"]
 
     notebook = nbformat.read(lab / "out/01_prepare_data/01_prepare_data.ipynb", as_version=4)
     assert f'output = "{lab}/out/01_prepare_data"' in notebook.cells[2].source
@@ -409,7 +406,7 @@ def rows(html: str) -> list[list[str]]:
 
 
 def test_index_says_what_was_run_with_what_and_shows_what_it_drew(lab: Path) -> None:
-    steps, out = batch.plan("tiny", ["name=m", "03_train.seed=[1, 0]"])
+    steps, out = batch.plan("tiny", given("name=m", "03_train.seed=[1, 0]"))
     runs = [step for step in steps if step.name.startswith("03_train/")]
     for number, run in enumerate(runs):
         (run.output / "figures").mkdir(parents=True)
@@ -470,7 +467,7 @@ def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_
     notebook = v4.new_notebook(cells=[v4.new_markdown_cell("$x$"), v4.new_code_cell("1", outputs=outputs)])
     state = {"slider": {"model_name": "IntSliderModel", "state": {}}, **bar("success"), **bar("")}
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": state}}
-    step = batch.Step("01_prepare_data", tmp_path / "notebooks" / "01_prepare_data.ipynb", tmp_path)
+    step = batch.Step("01_prepare_data", tmp_path / "notebooks" / "01_prepare_data.ipynb", tmp_path, {}, [])
     nbformat.write(notebook, step.executed)
     batch._write_page(step)
     page = step.executed.with_suffix(".html").read_text()
@@ -488,7 +485,7 @@ def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(la
     executed = lab / "reports/tiny/01_prepare_data/01_prepare_data.ipynb"
     message = str(stopped.value.code)
     for part in (
-        "01_prepare_data failed in cell 5 of 5 (In [4]: rows = 3)",
+        "01_prepare_data failed in cell 5\n",
         "ValueError: row 3: no image",
         f"notebook: {source}",
         f"executed: {executed}\nThe same command continues from there.",
@@ -502,7 +499,7 @@ def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(la
 def test_a_kernel_that_dies_is_a_failure_of_its_cell(lab: Path) -> None:
     write_notebook(lab, "01_prepare_data", 'output = "x"', "import os\nos._exit(1)")
     write_recipe(lab, "01_prepare_data: {}")
-    with pytest.raises(batch.StepFailed, match="01_prepare_data: the kernel died in cell 4 of 4; was there enough memory"):
+    with pytest.raises(batch.StepFailed, match=r"01_prepare_data failed in cell 4\n.*was there enough memory"):
         batch.run("tiny")
 
 
@@ -524,7 +521,7 @@ def test_a_signal_leaves_no_kernel_nor_child_of_one(lab: Path, stop: signal.Sign
     assert len(children) == 2
     runner.send_signal(stop)
     _, messages = runner.communicate()
-    assert runner.returncode == 128 + stop
+    assert runner.returncode == 130
     # an orphan that was killed may wait as a zombie for init to collect it
     assert [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE] == []
     assert messages.endswith("stopped; the same command continues from there\n")
@@ -534,9 +531,9 @@ def test_a_signal_leaves_no_kernel_nor_child_of_one(lab: Path, stop: signal.Sign
 # ---------------------------------------------------------------- python -m protoclip_lab train
 
 
-def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     seen = []
-    monkeypatch.setattr(protoclip_lab, "training", SimpleNamespace(train=seen.append, NonFiniteLoss=RuntimeError), raising=False)
+    monkeypatch.setattr(protoclip_lab, "training", SimpleNamespace(train=seen.append), raising=False)
     for name, text in (("c.yaml", "{episodes: 2, lr: 5e-4}"), ("c.json", '{"episodes": 2, "lr": 0.0005}')):
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / name), "-p", "k=[5, 6]"])
@@ -544,4 +541,13 @@ def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pyt
     assert [(c.episodes, c.lr, c.k) for c in seen] == [(2, 0.0005, [5, 6])] * 2
     monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml"), "-p", "episods=3"])
     with pytest.raises(SystemExit, match="nearest valid name is 'episodes'"):
+        __main__.main()
+    for wrong in ("k", "k=["):
+        monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml"), "-p", wrong])
+        with pytest.raises(SystemExit, match="2"):
+            __main__.main()
+        assert "argument -p: invalid" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("- k")
+    monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml")])
+    with pytest.raises(SystemExit, match="holds no lines of `name: value`"):
         __main__.main()

@@ -5,11 +5,13 @@ import io
 import re
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from helpers import toy_settings, toy_table
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 from PIL import Image
 
 from protoclip_lab import encoders, training
@@ -127,13 +129,17 @@ def test_the_map_of_both_shows_a_pair_at_its_two_points(view):
     assert (codes[:n] == codes[0]).all() and (codes[n:] == codes[-1]).all() and codes[0] != codes[-1]
 
 
+def assert_mapped(view, xy):
+    for axis, values in enumerate(xy.T):
+        low, high = values.min(), values.max()
+        np.testing.assert_allclose(view.scatter.widget.points[:, axis], (2 * (values - low) / (high - low) - 1) / 1.1, atol=1e-5)
+
+
 def test_points_lie_where_the_map_says_and_bear_the_colour_of_their_group(view):
     widget = view.scatter.widget
     for modality in ("image", "text", "joint"):
         view.modality.value = modality
-        for axis, values in enumerate(view.snapshot.xy(modality).T):
-            low, high = values.min(), values.max()
-            np.testing.assert_allclose(widget.points[:, axis], (2 * (values - low) / (high - low) - 1) / 1.1, atol=1e-5)
+        assert_mapped(view, view.snapshot.xy(modality))
     view.modality.value = "image"
     for name, values in view.snapshot.colourings("image").items():
         view.colouring.value = name
@@ -161,6 +167,8 @@ def test_another_checkpoint_shows_its_own_features(view, run):
     view.checkpoint.value = first
     expected = open_snapshot(run, checkpoint=first, **OPTIONS)
     assert torch.equal(view.snapshot.features.image, expected.features.image)
+    assert_mapped(view, expected.xy("image"))
+    assert {label.rpartition(" (")[0] for label in view.prototype.options} <= set(expected.names("image"))
     assert view.colouring.value == "shape"
     view.caption.value = "a red circle"
     text = encoders.encode_texts(encoders.load(first), ["a red circle"], progress=False)[0]
@@ -209,6 +217,13 @@ def test_without_anybody_in_front_it_is_figures(run, clip, monkeypatch):
     monkeypatch.setattr("IPython.display.display", lambda *figures: shown.extend(figures))
     assert explore(run, other=clip, **OPTIONS) is None
     assert len(shown) == 4 and all(isinstance(figure, Figure) for figure in shown)
+
+
+def test_nobody_sits_in_front_of_a_notebook_that_nbclient_runs():
+    source = "from protoclip_lab.explorer import _attended\n\n_attended()"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    (cell,) = NotebookClient(notebook).execute().cells
+    assert cell.outputs[0].data["text/plain"] == "False"
 
 
 def test_20000_points_are_shown_selected_and_recoloured(view):

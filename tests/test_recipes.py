@@ -16,7 +16,7 @@ FOLDERS = {"flickr8k": "F", "cifar10": "C", "table": "t.tsv", "image_root": "ima
 
 
 def plan(recipe, tmp_path, **own):
-    needed = [f"{name}={value}" for name, value in (FOLDERS | own).items() if f"{name}: null" in recipe.read_text()]
+    needed = {name: value for name, value in (FOLDERS | own).items() if f"{name}: null" in recipe.read_text()}
     return batch.plan(recipe, needed, tmp_path)[0]
 
 

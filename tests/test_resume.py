@@ -6,6 +6,7 @@ import signal
 
 import pandas as pd
 import pytest
+from filelock import FileLock, Timeout
 from helpers import run_training, toy_settings, toy_table, train_and_die
 from safetensors.torch import load_file
 
@@ -188,5 +189,6 @@ def test_two_trainings_of_one_run_at_once_are_refused(table, tmp_path):
     from protoclip_lab.config import TrainConfig
 
     config = TrainConfig(**toy_settings(table, tmp_path / "run"))
-    with Run.create(config).locked(), pytest.raises(RuntimeError, match="being trained by another process"):
+    lock = Run.create(config).path / "only_one_process_trains.lock"
+    with FileLock(lock), pytest.raises(Timeout, match=str(lock)):
         train(config)

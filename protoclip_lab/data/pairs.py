@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from protoclip_lab.storage import write_json
 
 BAD_ROWS = "bad_rows.jsonl"
 NO_PLACE = (-1, -1)  # offset and size in a tar, of an image that is a file of its own
+
+log = logging.getLogger(__name__)
 
 
 class BadRows(ValueError):
@@ -206,6 +209,8 @@ def prepare(
         first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5])
         usable = f"{total - len(bad)} of {total} rows of {table} are usable"
         raise BadRows(f"{usable}, max_bad_share = {max_bad_share:.1%}; the first bad ones: {first}. All: {out / BAD_ROWS}")
+    if bad:
+        log.warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
     rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
     paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
     offsets, sizes = zip(*(images[path] for path in paths), strict=True)

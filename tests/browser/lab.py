@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from protoclip_lab.explorer import EDGES
 
-NOTEBOOKS = Path("/tmp/explorer/nb")
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
     # All cells are in the page, also those out of sight.

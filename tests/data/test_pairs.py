@@ -80,7 +80,7 @@ def test_a_tar_gives_the_same_pixels_as_a_folder(folder):
     assert set(index_tar(folder / "images.tar")) == {f"{i}.jpg" for i in range(4)}
 
 
-def test_bad_rows_are_counted_listed_and_skipped(folder):
+def test_bad_rows_are_counted_listed_and_skipped(folder, caplog):
     images = folder / "images"
     (images / "truncated.jpg").write_bytes(jpeg(size=(200, 200))[:400])
     (images / "text.jpg").write_bytes(b"this is no image")
@@ -101,6 +101,7 @@ def test_bad_rows_are_counted_listed_and_skipped(folder):
     assert found.column("_row") == [2, 10]
     listed = [json.loads(line) for line in (found.folder / "bad_rows.jsonl").read_text().splitlines()]
     assert found.bad_rows == len(listed) == 7
+    assert "7 of 9 rows" in caplog.text and "bad_rows.jsonl" in caplog.text
     reasons = {row["row"]: row["reason"] for row in listed}
     assert "unreadable image" in reasons[3] and "unreadable image" in reasons[4] and "unreadable image" in reasons[5]
     assert reasons[6] == "missing file" and reasons[7] == "empty caption"

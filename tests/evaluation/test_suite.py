@@ -111,8 +111,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
     }
     found = values(suite.evaluate(None, [given], tmp_path, seed=4, draws=0), "world")
     test, train = (
-        prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split})
-        for split in ("test", "train")
+        prepare(table, tmp_path / split, image_root=given["image_root"], where={"split": split}) for split in ("test", "train")
     )
     image, train_image = (encoders.encode_images(None, [p.image(i) for i in range(len(p))]).image for p in (test, train))
     text = encoders.encode_texts(None, test.captions)

@@ -94,12 +94,18 @@ def test_03_trains_with_an_external_teacher(run):
     assert (run / "figures" / "training.png").exists()
 
 
-@pytest.mark.parametrize("method", ["umap"])
-def test_04_draws_gap_and_grouping(folder, run, method):
-    output = folder / "seen"
-    execute("04_gap_and_grouping", folder, run=str(run), output=str(output), samples=60, method=method, labels=["shape"])
-    drawn = {picture.stem for picture in (output / "figures").iterdir()}
-    assert drawn == {"joint", "map_prototypes", "map_shape", "prototypes", "through_training"}
+FIGURES = {"joint", "map_prototypes", "map_shape", "prototypes", "agreement", "overlap", "sizes", "soft_targets"}
+FIGURES |= {"maps_through_training", "through_training"}
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_04_draws_gap_and_grouping(folder, run, paper):
+    output = folder / f"seen_{paper}"
+    given = {"samples": 60, "method": "pca" if paper else "umap", "labels": ["shape"], "paper": paper}
+    execute("04_gap_and_grouping", folder, run=str(run), output=str(output), **given)
+    drawn = {picture.name for picture in (output / "figures").iterdir()}
+    kinds = ("png", "pdf") if paper else ("png",)
+    assert drawn == {f"{name}.{kind}" for name in FIGURES for kind in kinds} | {"moving_map.gif"}
 
 
 def test_05_measures_every_factor_on_held_out_samples(folder, evaluated):
@@ -108,6 +114,7 @@ def test_05_measures_every_factor_on_held_out_samples(folder, evaluated):
     assert {"zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_ARI"} <= set(rows["measure"])
     assert rows["checkpoint"].eq("episode_0003").all()
     pd.testing.assert_frame_equal(pd.read_csv(folder / "evaluation" / "evaluation.csv"), rows)
+    assert {picture.name for picture in (folder / "evaluation" / "figures").iterdir()} == {"gap_sweep.png"}
 
 
 def test_05_measures_what_is_asked_of_a_checkpoint_folder(folder, run, tmp_path):

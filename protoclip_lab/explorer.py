@@ -1,5 +1,6 @@
 """A run walked through by hand in JupyterLab: a map of its samples, their pictures, and what lies near what."""
 
+import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 from IPython import display, get_ipython
 from ipywidgets import HTML, Box, Button, Dropdown, Output, Text, VBox, link
+from matplotlib.figure import Figure
 
 from protoclip_lab import encoders, plots
+from protoclip_lab.runs import Run
 from protoclip_lab.snapshot import Snapshot, open_snapshot
 
 PICTURES = 12  # at a time
@@ -78,12 +81,8 @@ class View(VBox):
         self._read()
         self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
         look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "x_scale": EDGES, "y_scale": EDGES}
-        hover = {
-            "tooltip": True,
-            "tooltip_properties": self.colouring.options,
-            "tooltip_preview": "caption",
-            "tooltip_histograms": False,
-        }
+        hover = {"tooltip": True, "tooltip_preview": "caption", "tooltip_histograms": False}
+        hover["tooltip_properties"] = self.colouring.options
         self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **hover)
         self._colour()
         self.show([], HINT)
@@ -185,6 +184,33 @@ class View(VBox):
         prototypes = [f"{escape(self.names[p])} ({distance[p]:.2f})" for p in distance.argsort()[:NEAREST].tolist()]
         lists = {"Nearest captions (cosine)": captions, "Nearest prototypes (distance)": prototypes}
         return "".join(f"<b>{title}</b><ol><li>{'</li><li>'.join(found)}</li></ol>" for title, found in lists.items())
+
+
+class Live:
+    """A figure of a training that is drawn anew in its place: hand it to :func:`protoclip_lab.training.train` as ``after_row``.
+
+    Under papermill the last one stays.
+    """
+
+    def __init__(self) -> None:
+        self._shown, self._next = None, 0.0
+
+    def __call__(self, run: Run) -> None:
+        """Draw anew, unless that was done just now: a fiftieth of the time is spent on it, however long the run."""
+        begin = time.monotonic()
+        if begin >= self._next:
+            self.draw(run)
+            self._next = begin + max(2.0, 50 * (time.monotonic() - begin))
+
+    def draw(self, run: Run) -> Figure:
+        """Losses, prototype accuracies and gap so far, shown in the figure's place."""
+        config = run.config
+        figure = plots.training_curves(run.metrics(), config.infonce_warmup_episodes, config.lit_start_episode)
+        if self._shown is None:
+            self._shown = display.display(figure, display_id=True)
+        else:
+            self._shown.update(figure)
+        return figure
 
 
 def _attended() -> bool:

@@ -309,19 +309,22 @@ def gap_sweep(table: pd.DataFrame, **options: Any) -> Figure:
 
 
 def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_episode: int | None = None, **options: Any) -> Figure:
-    """Losses of each step, accuracies, gap and spread of each episode; ends of episodes and stages without prototypes marked.
+    """Losses, prototype accuracies, gap and spread through training; ends of episodes and stages without prototypes marked.
 
     Args:
-        metrics: ``Run.metrics()``.
+        metrics: ``Run.metrics()``; drawn are the means of up to 60 stretches of it.
         infonce_warmup_episodes, lit_start_episode: as in the run's config.
     """
     ends = metrics.groupby("episode")["step"].max()
     stages = {"warm-up": (0, ends.loc[:infonce_warmup_episodes].max())} if infonce_warmup_episodes else {}
     if lit_start_episode is not None and lit_start_episode in ends:
         stages["image tower locked"] = (ends.loc[: lit_start_episode - 1].max(), ends.max())
-    shown = [name for kind in ("loss/", "accuracy/", "gap", "image_std", "text_std") for name in metrics if name.startswith(kind)]
-    metrics = metrics.assign(**{n: metrics[n].where((metrics["kind"] == "step") == n.startswith("loss/")) for n in shown})
-    return progress_curves(metrics, shown, x="step", stages=stages, marks=ends.iloc[:-1], **options)
+    steps, episodes = (metrics[metrics["kind"] == kind] for kind in ("step", "episode"))
+    means = steps.groupby(steps["step"] * 60 // (ends.max() + 1)).mean(numeric_only=True)
+    panels = {"loss": (means, "loss/"), "prototype accuracy": (means, "accuracy/"), "gap": (episodes, ("gap", "image_", "text_"))}
+    drawn = [rows.melt("step", [n for n in rows if n.startswith(kind)], "run", panel) for panel, (rows, kind) in panels.items()]
+    table = pd.concat(drawn).assign(run=lambda found: found["run"].str.rpartition("/")[2].str.replace("_", " "))
+    return progress_curves(table, list(panels), x="step", stages=stages, marks=ends.iloc[:-1], **options)
 
 
 @_styled

@@ -305,26 +305,61 @@ def training_rows():
     for episode in (1, 2, 3, 4):
         for step in (1, 2, 3):
             at = 3 * (episode - 1) + step
-            yield {"kind": "step", "episode": episode, "step": at, "loss/clip": 10.0 - at, "accuracy/a": 0.5}
-        yield {"kind": "episode", "episode": episode, "step": at, "loss/clip": 99.0, "accuracy/a": episode / 4, "gap": 1 / episode}
+            yield {
+                "kind": "step",
+                "episode": episode,
+                "step": at,
+                "loss/clip": 10.0 - at,
+                "loss/text_to_image_5": 1.0,
+                "accuracy/a": at / 12,
+            }
+        yield {
+            "kind": "episode",
+            "episode": episode,
+            "step": at,
+            "loss/clip": 99.0,
+            "accuracy/a": 7.0,
+            "gap": 1 / episode,
+            "image_std": 0.1,
+        }
+
+
+def lines_of(axes):
+    return {
+        line.get_label(): line.get_xydata() for line in axes.lines if len(line.get_xdata()) and not line.get_label().startswith("_")
+    }
 
 
 def test_training_curves_mark_warm_up_episodes_and_the_locked_stage():
     figure = plots.training_curves(pd.DataFrame(training_rows()), 1, 4)
     loss, accuracy, gap = figure.axes
-    np.testing.assert_array_equal(loss.lines[0].get_xydata(), [[at, 10 - at] for at in range(1, 13)])
-    np.testing.assert_array_equal(accuracy.lines[0].get_xydata(), [[3, 0.25], [6, 0.5], [9, 0.75], [12, 1]])
-    np.testing.assert_array_equal(gap.lines[0].get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
-    assert [line.get_xdata()[0] for line in gap.lines[1:]] == [3, 6, 9]
+    assert {axes.get_title(): set(lines_of(axes)) for axes in figure.axes} == {
+        "loss": {"clip", "text to image 5"},
+        "prototype accuracy": {"a"},
+        "gap": {"gap", "image std"},
+    }
+    np.testing.assert_array_equal(lines_of(loss)["clip"], [[at, 10 - at] for at in range(1, 13)])
+    np.testing.assert_array_equal(lines_of(accuracy)["a"], [[at, at / 12] for at in range(1, 13)])
+    np.testing.assert_array_equal(lines_of(gap)["gap"], [[3, 1], [6, 1 / 2], [9, 1 / 3], [12, 1 / 4]])
+    assert [line.get_xdata()[0] for line in gap.lines[-3:]] == [3, 6, 9]
     stages = {patch.get_label(): (patch.get_x(), patch.get_x() + patch.get_width()) for patch in gap.patches}
     assert stages == {"warm-up": (0, 3), "image tower locked": (9, 12)}
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == [*stages]
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert named == {"clip", "text to image 5", "a", "gap", "image std", *stages}
+
+
+def test_training_curves_of_a_long_training_are_means():
+    rows = [{"kind": "step", "episode": 1, "step": at, "loss/clip": float(at)} for at in range(1, 6001)]
+    found = lines_of(plots.training_curves(pd.DataFrame(rows)).axes[0])["clip"]
+    assert len(found) == 60
+    np.testing.assert_allclose(found[:, 0], found[:, 1])
+    np.testing.assert_allclose(found.mean(), 3000, rtol=0.01)
 
 
 def test_training_curves_of_a_training_that_has_just_begun():
     first = pd.DataFrame(list(training_rows())[:2])
     figure = plots.training_curves(first, 2, 4)
-    assert [axes.get_title() for axes in figure.axes] == ["loss/clip", "accuracy/a"]
+    assert len(lines_of(figure.axes[0])) == 2
     assert {patch.get_label() for patch in figure.axes[0].patches} == {"warm-up"}
     assert "no values" in words(figure)
     assert not plots.training_curves(first).axes[0].patches

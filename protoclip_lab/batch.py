@@ -245,7 +245,7 @@ def _execute(step: Step, title: str) -> None:
         kernel_spec = kernelspec.KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=50"]))
 
     started = []
-    line = {"desc": title, "bar_format": "{desc}  cell {n}/{total}  {elapsed}", "leave": False, "disable": None}
+    line = {"desc": title, "bar_format": "{desc}  {n}/{total} cells  {elapsed}", "leave": False, "disable": None}
     options = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "progress_bar": line}
     options |= {"cwd": step.notebook.parents[1], "on_cell_start": lambda **cell: started.append(cell)}
     try:

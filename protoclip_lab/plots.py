@@ -321,9 +321,12 @@ def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_
         stages["image tower locked"] = (ends.loc[: lit_start_episode - 1].max(), ends.max())
     steps, episodes = (metrics[metrics["kind"] == kind] for kind in ("step", "episode"))
     means = steps.groupby(steps["step"] * 60 // (ends.max() + 1)).mean(numeric_only=True)
-    panels = {"loss": (means, "loss/"), "prototype accuracy": (means, "accuracy/"), "gap": (episodes, ("gap", "image_", "text_"))}
-    drawn = [rows.melt("step", [n for n in rows if n.startswith(kind)], "run", panel) for panel, (rows, kind) in panels.items()]
-    table = pd.concat(drawn).assign(run=lambda found: found["run"].str.rpartition("/")[2].str.replace("_", " "))
+    panels = {"loss": (means, "loss/"), "accuracy": (means, "accuracy/"), "gap and std": (episodes, ("gap", "image_", "text_"))}
+    parts = []
+    for panel, (rows, kind) in panels.items():
+        own = rows[["step", *(name for name in rows if name.startswith(kind))]]
+        parts.append(own.rename(columns=lambda name: name.rpartition("/")[2].replace("_", " ")).melt("step", None, "run", panel))
+    table = pd.concat(parts)
     return progress_curves(table, list(panels), x="step", stages=stages, marks=ends.iloc[:-1], **options)
 
 

@@ -103,7 +103,7 @@ def teach(
     for old in ("teacher.json", "teacher.npy"):
         (output / old).unlink(missing_ok=True)  # not written over: a training may have it mapped
     np.save(output / "teacher.npy", features)
-    write_json(output / "teacher.json", {**about, "dimension": features.shape[1], "explained_variance": share})
+    write_json(output / "teacher.json", {**about, "rows": len(features), "dimension": features.shape[1], "explained_variance": share})
     state_path.unlink()
     raw_path.unlink()
     return output / "teacher.npy", pairs

@@ -335,8 +335,8 @@ def test_training_curves_mark_warm_up_episodes_and_the_locked_stage():
     loss, accuracy, gap = figure.axes
     assert {axes.get_title(): set(lines_of(axes)) for axes in figure.axes} == {
         "loss": {"clip", "text to image 5"},
-        "prototype accuracy": {"a"},
-        "gap": {"gap", "image std"},
+        "accuracy": {"a"},
+        "gap and std": {"gap", "image std"},
     }
     np.testing.assert_array_equal(lines_of(loss)["clip"], [[at, 10 - at] for at in range(1, 13)])
     np.testing.assert_array_equal(lines_of(accuracy)["a"], [[at, at / 12] for at in range(1, 13)])
@@ -349,7 +349,7 @@ def test_training_curves_mark_warm_up_episodes_and_the_locked_stage():
 
 
 def test_training_curves_of_a_long_training_are_means():
-    rows = [{"kind": "step", "episode": 1, "step": at, "loss/clip": float(at)} for at in range(1, 6001)]
+    rows = [{"kind": "step", "episode": 1, "step": at, "loss": 5.0, "loss/clip": float(at)} for at in range(1, 6001)]
     found = lines_of(plots.training_curves(pd.DataFrame(rows)).axes[0])["clip"]
     assert len(found) == 60
     np.testing.assert_allclose(found[:, 0], found[:, 1])

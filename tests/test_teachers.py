@@ -301,6 +301,7 @@ def test_built_text_features_are_those_of_extract_with_their_provenance(bert, tm
         "batch_size": 128,
         "table": "captions.tsv",
         "fingerprint": "3fa9c0ffee00",
+        "rows": 90,
         "dimension": 6,
     }
 

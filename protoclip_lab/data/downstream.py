@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from protoclip_lab.config import nearest_name
+from protoclip_lab.config import nearest_name, require
 from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import NO_PLACE, Pairs, fingerprint, index_tar, read_image
 from protoclip_lab.storage import write_text
@@ -251,8 +251,7 @@ def _labelled(where: str, values: list[str], classes: Classes | None, images: Im
     labels = np.array([position[value] for value in values], dtype=np.int64)
     names = [_words(value) for value in found] if classes is None else class_names(classes)
     # The names must be those of the sorted classes: a list shifted by one would pass unseen.
-    if len(names) != len(found):
-        raise ValueError(f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
+    require(len(names) == len(found), f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
     for index, (given, value) in enumerate(zip(names, found, strict=True)):
         bare, *same = (re.sub(r"[\W_]", "", name.casefold()) for name in (given, value, _words(value)))
         # A folder name such as n01440764, 7 or NZ says nothing of the class.

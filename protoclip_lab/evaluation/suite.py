@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes
-from protoclip_lab.config import Settings, nearest_name
+from protoclip_lab.config import Settings, nearest_name, require
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.downstream import Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
 from protoclip_lab.evaluation import arrays, clusters, gap, probes, prompts, ranking
-from protoclip_lab.runs import Run, damaged_files, locked, pairs_of, record_evaluations
+from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class EvaluationSet(Settings):
         known = downstream.KNOWN.get(self.name) if self.root else {}
         if known is None:
             raise ValueError(f"no set is known as {self.name!r}; the nearest name is {nearest_name(self.name, downstream.KNOWN)!r}")
-        if [self.root, self.images, self.table].count("") != 2:
-            raise ValueError(f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
+        one = [self.root, self.images, self.table].count("") == 2
+        require(one, f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
         needs = {"train_images": self.images, "train_where": self.label, **dict.fromkeys(("image_root", "where", "label"), self.table)}
         if stray := [name for name, found in needs.items() if getattr(self, name) and not found]:
             raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
@@ -105,8 +106,8 @@ def evaluate(
         ValueError: a setting or data that do not fit; all sets are opened before the first image is encoded.
     """
     sets = [EvaluationSet.model_validate(given) for given in sets]
-    if len({given.name for given in sets}) < len(sets):
-        raise ValueError(f"evaluation sets need a name each, these are {[given.name for given in sets]}")
+    names = [given.name for given in sets]
+    require(len({*names}) == len(sets), f"evaluation sets need a name each, these are {names}")
     _check(measures)
     folder, todo, rows = Path(folder), [], []
     for given in sets:
@@ -172,7 +173,7 @@ def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
     # Sets that differ in their labels alone share a preparation.
     key = fingerprint([json.dumps(arguments, sort_keys=True)], [""])[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock"):  # a training and its watcher may both be at it
+    with FileLock(folder / "lock"):  # a training and its watcher may both be at it
         return prepare(**arguments, out=folder / key)
 
 
@@ -215,8 +216,7 @@ def _readable(part: Labelled, features: Callable, name: str) -> tuple[torch.Tens
     z, h = features(part.images).values()
     good = z.isfinite().all(dim=1)
     lost = int((~good).sum())
-    if lost > MAX_UNREADABLE * len(good):
-        raise ValueError(f"{lost} of {len(good)} images of {name} have no finite features: see the log")
+    require(lost <= MAX_UNREADABLE * len(good), f"{lost} of {len(good)} images of {name} have no finite features: see the log")
     if lost:
         log.warning("%d of %d images of %s are left out as unreadable", lost, len(good), name)
     return z[good], h[good], part.labels[good.numpy()]
@@ -264,15 +264,13 @@ def evaluate_checkpoint(
     # A checkpoint may hold the config.json of its text tower.
     run = Run(home) if (home / "config.json").exists() and not (home / "open_clip_config.json").exists() else None
     source = run.checkpoint("" if home == path else path) if run else checkpoint
-    if not (run or output):
-        raise ValueError(f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
+    require(run or output, f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
     chosen = _chosen(run, datasets, data_root, sets, **options)
     output = Path(output or home)
     home = home if run else output
     model = encoders.load(source).to(encoders.best_device())
     rows = evaluate(model, chosen, home, records=prototypes.load(source) if run else [], **options)
-    if not rows:
-        raise ValueError(f"none of {[given.name for given in chosen]} is there and has what the measures need")
+    require(rows, f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
     kept = record_evaluations(home, rows)
     output.mkdir(parents=True, exist_ok=True)
@@ -323,9 +321,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _chosen(run: Run | None, datasets=(), data_root="", sets=(), measures=(), **rest) -> list[EvaluationSet]:
     _check(measures)
-    if datasets and not data_root:
-        raise ValueError(f"datasets = {list(datasets)} need data_root, the folder that holds them")
+    require(data_root or not datasets, f"datasets = {list(datasets)} need data_root, the folder that holds them")
     given = [*({"name": name, "root": str(data_root)} for name in datasets or (data_root and downstream.KNOWN)), *sets]
-    if not (given or run):
-        raise ValueError("name what to evaluate on: data_root, with datasets for some of those in it, or sets")
+    require(given or run, "name what to evaluate on: data_root, with datasets for some of those in it, or sets")
     return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

@@ -294,7 +294,7 @@ def _embedded(path: Path) -> str:
     buffer = io.BytesIO()
     # one that a kill cut off in mid-write is missing from the page, not the page
     with contextlib.suppress(OSError), Image.open(path) as picture:
-        picture.save(buffer, "WEBP", quality=88, save_all=True, duration=picture.info.get("duration", 0))
+        picture.save(buffer, "WEBP", quality=75, save_all=True, duration=picture.info.get("duration", 0))
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -327,7 +327,9 @@ def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_
         own = rows[["step", *(name for name in rows if name.startswith(kind))]]
         parts.append(own.rename(columns=lambda name: name.rpartition("/")[2].replace("_", " ")).melt("step", None, "run", panel))
     table = pd.concat(parts)
-    return progress_curves(table, list(panels), x="step", stages=stages, marks=ends.iloc[:-1], **options)
+    return progress_curves(
+        table, [p for p in panels if table[p].notna().any()], x="step", stages=stages, marks=ends.iloc[:-1], **options
+    )
 
 
 @_styled

@@ -14,13 +14,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new, never half of one."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, "utf-8")
-    sync(staging)
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     staging.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -101,6 +101,7 @@ class _Trainer:
         self.device = self.accelerator.device
         there = config.device in ("auto", self.device.type)
         require(there, f"device = {config.device!r} is not there; the nearest valid value is {self.device.type!r}")
+        require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
         self.pairs = pairs_of(run)
         shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)

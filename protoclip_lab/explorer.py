@@ -161,12 +161,12 @@ class View(VBox):
     def _show_prototype(self, change: dict) -> None:
         if (prototype := change["new"]) is not None:
             members = np.flatnonzero(self.assigned == prototype)
-            nearest = (self.features[members] - self.centroids[prototype]).norm(dim=1).argsort(stable=True)
+            nearest = (self.features[members] - self.centroids[prototype]).norm(dim=1).argsort(stable=True).numpy()
             self._share(members[nearest], f"Prototype {self.names[prototype]}: {len(members):,} samples, nearest first", self.prototype)
 
     def _show_selected(self, change: dict) -> None:
         rows = self.table["sample"].iloc[change["new"]].unique()
-        if set(rows) != set(self.rows):  # the front end may repeat what it was told
+        if set(rows) != set(self.rows) & set(self.table["sample"]):  # the front end may repeat what it was told
             self._share(rows, f"{len(rows):,} samples selected")
 
     def _find(self, change: dict) -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from protoclip_lab import randomness
+from protoclip_lab.config import require
 
 # Okabe and Ito's colours, told apart with every common colour vision; the palest last.
 HUES = {"blue": "#0072B2", "red": "#D55E00", "green": "#009E73", "pink": "#CC79A7"}
@@ -83,10 +84,8 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0, like: np
         ValueError: unknown method, or fewer than four rows.
     """
     features = np.asarray(features, dtype=np.float32)
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: it is one of {', '.join(METHODS)}")
-    if len(features) < 4:
-        raise ValueError(f"a map needs at least 4 points, got {len(features)}")
+    require(method in METHODS, f"method {method!r}: it is one of {', '.join(METHODS)}")
+    require(len(features) >= 4, f"a map needs at least 4 points, got {len(features)}")
     from sklearn import decomposition, manifold
 
     options = {"metric": "cosine", "random_state": randomness.derive(seed, "map") % 2**32}
@@ -206,7 +205,7 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
     width, longest = matplotlib.rcParams["figure.figsize"][0], max([[0], *images], key=len)
     widths = np.array([0.3 if image is None else 1 for image in longest])
     cell = 0.84 * width / widths.sum()
-    names = ["\n".join(textwrap.fill(line, 24) for line in name.split("\n")) for name in names]
+    names = ["\n".join(textwrap.fill(_legible(line), 24) for line in name.split("\n")) for name in names]
     heights = [max(cell + 0.4, 0.13 * name.count("\n") + 0.3) if len(row) else 0.5 for row, name in zip(images, names, strict=True)]
     figure = _Figure(figsize=(width, sum(heights) + 0.3))
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": [0.16 * width, *(cell * widths)]}
@@ -447,8 +446,7 @@ def _maps(maps: Mapping[str, tuple], method: str, seed: int, note: str = "", *, 
 
 def _panels(count: int, height: float = 2.5, **shared) -> tuple[Figure, list]:
     """Small multiples: at most three in a row, one in a column of a paper."""
-    if not count:
-        raise ValueError("nothing to draw: no column is named, or none holds numbers")
+    require(count, "nothing to draw: no column is named, or none holds numbers")
     width = matplotlib.rcParams["figure.figsize"][0]
     columns = min(2 if count == 4 else count, int(width / 2.9))
     rows = -(-count // columns)

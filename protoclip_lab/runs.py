@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from scipy.special import stdtrit
 
-from protoclip_lab.config import TrainConfig
+from protoclip_lab.config import TrainConfig, require
 from protoclip_lab.data import pairs, source
 from protoclip_lab.storage import write_json, write_text
 
@@ -196,8 +196,7 @@ class Comparison:
         self.runs = [Run(run) for run in runs]
         rows, cells = [], []
         for run in self.runs:
-            if (found := run.evaluations()).empty:
-                raise ValueError(f"{run.path} has no evaluations: run 05_evaluate on it first")
+            require(len(found := run.evaluations()), f"{run.path} has no evaluations: run 05_evaluate on it first")
             arm, newest = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name, found["checkpoint"].max()
             last = found[found["checkpoint"] == newest].assign(arm=arm, measure=found["dataset"] + ": " + found["measure"])
             about = {"run": run.path.name, "arm": arm, "seed": run.config.seed, "checkpoint": newest}

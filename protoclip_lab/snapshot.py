@@ -21,6 +21,7 @@ from protoclip_lab.data.pairs import Pairs
 
 # Without prototypes of its own, a model's features are clustered with this many members in the mean.
 MEMBERS = 25
+LARGEST = 300  # clusters of a modality that a picture of all pairs of them has room for
 MOMENTS = 9  # checkpoints looked at through training
 # What typical words are not. The lists that come with libraries hold "top", "side" and "bottom" too.
 FUNCTION_WORDS = "an and are as at by for from in is it its of on or that the this to with".split()
@@ -69,7 +70,7 @@ class Snapshot:
         for checkpoint in tqdm([c for c in chosen if c.name not in known], desc="checkpoints", mininterval=2):
             features = _encode(checkpoint, self.pairs, self.rows)
             known[checkpoint.name] = replace(self, checkpoint=checkpoint, features=features)
-        return {re.sub("_0*", " ", name): then for name, then in sorted(known.items())}
+        return {re.sub(r"_0*(?=\d)|_", " ", name): then for name, then in sorted(known.items())}
 
     def _record(self, of: str) -> prototypes.Prototypes | None:
         """The record of a teacher's prototypes, or of the first that are taught to a modality."""
@@ -106,7 +107,7 @@ class Snapshot:
 
     def label(self, column: str) -> np.ndarray:
         """A column of the table for the sampled rows, (n,)."""
-        return np.array(self.pairs.column(column))[self.rows]
+        return np.array(["" if value is None else value for value in self.pairs.column(column)])[self.rows]
 
     @cached_property
     def groupings(self) -> dict[str, np.ndarray]:
@@ -122,15 +123,16 @@ class Snapshot:
 
     @property
     def overlap(self) -> pd.DataFrame:
-        """Samples shared by each image and text cluster in their episode, or here; most of them on the diagonal."""
-        found = {r.teacher: r.labels.numpy() for r in self.records}
-        labels = [found.get(name, self.groupings[name]) for name in prototypes.STUDENTS]
+        """Samples shared by the ``LARGEST`` image and text clusters in their episode, or here; most of them on the diagonal."""
+        found = {r.teacher: r.labels.numpy() for r in reversed(self.records)}
+        labels = [pd.Series(found.get(name, self.groupings[name])) for name in prototypes.STUDENTS]
+        labels = [given.where(given.isin(given.value_counts().index[:LARGEST])) for given in labels]
         return plots.on_the_diagonal(pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"]))
 
     @property
     def sizes(self) -> dict[str, np.ndarray]:
         """Members of each cluster in its episode, by teacher; without teachers, of the k-means clusters in the sample."""
-        found = {r.teacher: np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
+        found = {f"{r.teacher} {len(r.centroids)}": np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
         return found or {name: np.bincount(self.groupings[name]) for name in prototypes.STUDENTS}
 
     def xy(self, modality: str = "image", like: np.ndarray | None = None) -> np.ndarray:
@@ -142,7 +144,9 @@ class Snapshot:
         joint, n = modality == "joint", len(self.rows)
         parts = [self.features.image, self.features.text] if joint else [getattr(self.features, f"{modality}_projection")]
         kept, most = np.arange(n), plots.MAX_POINTS // len(parts)
-        if n > most:
+        if like is not None:
+            kept = np.flatnonzero(np.isfinite(like[:, 0]))
+        elif n > most:
             kept = plots.stratified(self.groupings[next(iter(self.labels), "image")], most, seed=self.seed)
         given = {"features": torch.cat([part[kept] for part in parts]).numpy(), "like": None if like is None else like[kept]}
         about = f"{self.method} {self.seed} {plots.METHODS.get(self.method)} {given['features'].shape}"
@@ -228,21 +232,22 @@ class Snapshot:
         return plots.prototype_sheet(images, captions, about, headings=headings, paper=self.paper)
 
     def soft_targets(self, teacher: str = "text", student: str = "image", samples: int = 6) -> Figure:
-        """For some samples, the teacher's soft target and the student's distribution over prototypes."""
-        record = next((r for r in self.records if (r.teacher, r.student) == (teacher, student)), None)
+        """For some samples, the soft target of this teacher, or else the first there is, and the student's distribution."""
+        taught = [r for r in self.records if r.student == student]
+        record = min(taught, key=lambda r: r.teacher != teacher, default=None)
         if record is None:
             return plots.soft_targets([], [], [], [], [], paper=self.paper)
         chosen, config = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples], self.run.config
         given = {name: t.temperature for name, t in zip(config.teacher_names(), config.teachers, strict=True)}
-        temperature = given.get(teacher, config.temperature)
-        T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(teacher)[0][chosen])
+        temperature = given.get(record.teacher, config.temperature)
+        T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
         p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
         h = getattr(self.features, f"{student}_projection")[chosen]
         q = losses.masked(scale * h @ C.T, record.occupied).softmax(1)
         images, captions = zip(*(self.pairs[row] for row in self.rows[chosen]), strict=True)
-        title = f"Teacher: {teacher} (τ = {temperature:g}) · student: {student} (scale {scale:.1f})"
-        return plots.soft_targets(images, captions, self.names(teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
+        title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: {student} (scale {scale:.1f})"
+        return plots.soft_targets(images, captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
 def open_snapshot(
@@ -291,10 +296,11 @@ def typical_words(captions: Sequence[str], labels: Sequence[int], k: int, words:
     except ValueError:  # there is no word in any caption
         return [""] * k
     lengths = counts.sum(axis=1)
-    weights = counts.multiply(np.log1p(lengths[lengths > 0].mean() / counts.sum(axis=0))).toarray()
-    vocabulary = vectorizer.get_feature_names_out()
-    tops = np.argsort(-weights, axis=1, kind="stable")[:, :words]
-    return [" ".join(vocabulary[i] for i in top if row[i] > 0) for row, top in zip(weights, tops, strict=True)]
+    weights = csr_array(counts.multiply(np.log1p(lengths[lengths > 0].mean() / counts.sum(axis=0))))
+    weights.sort_indices()
+    vocabulary, borders = vectorizer.get_feature_names_out(), weights.indptr[1:-1]
+    groups = zip(np.split(weights.indices, borders), np.split(weights.data, borders), strict=True)
+    return [" ".join(vocabulary[found[np.argsort(-weight, kind="stable")[:words]]]) for found, weight in groups]
 
 
 def history(snapshot: Snapshot) -> pd.DataFrame:
@@ -306,6 +312,8 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     rows = []
     for name, then in snapshot.through.items():
         agreement = then.agreement["image"].drop("image").add_prefix("AMI of image groups and ")
+        # Before the first prototypes there are only the clusters of the sample, of another number.
+        agreement = agreement if bool(then.records) == bool(snapshot.records) else {}
         rows.append({"episode": int(name.split()[1]), "gap": then.gap["gap"], **agreement})
     return pd.DataFrame(rows)
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 
-from protoclip_lab import encoders, training
+from protoclip_lab import encoders, plots, training
 from protoclip_lab.explorer import PICTURES, View, explore
 from protoclip_lab.snapshot import open_snapshot
 
@@ -75,6 +75,23 @@ def test_a_prototype_shows_its_samples_the_nearest_first(view):
             assert_shows(view, members)
             assert set(view.scatter.widget.selection) == set(members)
             assert f"{len(members)} samples" in view.title.value and view.snapshot.names(modality)[prototype] in view.title.value
+
+
+def test_a_prototype_of_one_sample_shows_it(view):
+    view.assigned = np.where(np.arange(60) == 7, 1, 0)
+    view._show_prototype({"new": 1})
+    assert_shows(view, [7])
+
+
+def test_samples_that_are_not_on_the_map_stay_shown(run, monkeypatch):
+    monkeypatch.setattr(plots, "MAX_POINTS", 20)
+    view = explore(run, static=False, **OPTIONS).children[1]
+    view.prototype.value = chosen = next(iter(view.prototype.options.values()))
+    members = set(np.flatnonzero(view.assigned == chosen))
+    assert set(view.rows) == members and not members <= set(view.table["sample"])
+    # The front end answers with the points it was told to select.
+    select(view, np.flatnonzero(view.table["sample"].isin(members))[::-1])
+    assert set(view.rows) == members and view.prototype.value == chosen
 
 
 def test_a_caption_finds_the_images_of_highest_cosine(view):

@@ -229,8 +229,8 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
         ValueError: it was trained on something else.
     """
     table = Path(pairs_of(run).source)
-    if not table.with_name("shapes.json").exists():
-        raise ValueError(f"{run.path} was not trained on the shapes world: name what to evaluate on, and its data_root")
+    drawn = table.with_name("shapes.json").exists()
+    require(drawn, f"{run.path} was not trained on the shapes world: name what to evaluate on, and its data_root")
     world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
     factors = [{"name": f, "label": f, "templates": f"shapes/{f}", **world, **train} for f in shapes.FACTORS]
@@ -298,9 +298,10 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        for checkpoint in run.checkpoints():
+        for checkpoint in sorted({*run.checkpoints()} - seen):
             mark = run.path / "watched" / fingerprint([checkpoint.name], [json.dumps(options, default=str)])[:16]
-            if checkpoint in seen or (mark.exists() and checkpoint.name in set(run.evaluations()["checkpoint"])):
+            # Those of interruptions go when a later one is there.
+            if "_step_" in checkpoint.name or (mark.exists() and checkpoint.name in set(run.evaluations()["checkpoint"])):
                 continue
             seen.add(checkpoint)
             if damaged := damaged_files(checkpoint):

@@ -53,7 +53,7 @@ def _watch(run: str, given: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse the command line and go; exit status 1 on an error, 128 + signal when stopped."""
+    """Parse the command line and go; exit status 1 on an error, 130 when stopped."""
     # what is not given is not there
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, **how)
@@ -69,7 +69,7 @@ def main() -> None:
     try:
         {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[command](what, given | dict(settings))
     except ValidationError as error:
-        sys.exit("error: " + "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors()))
+        sys.exit("error: " + "; ".join(" ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()))
     except (OSError, ValueError, ArithmeticError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from protoclip_lab.config import TrainConfig, nearest_name
+from protoclip_lab.config import TrainConfig, nearest_name, require
 from protoclip_lab.storage import write_json, write_text
 
 TRAIN = "03_train"
@@ -204,7 +204,7 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         for part, given in {step: common, f"{step}.grid": grid, **{f"{step}.{arm}": arms[arm] for arm in arms}}.items():
             _check(given, has[step] + SECTIONS, f"{path.name}: {part}")
             places |= {f"{part}.{name}": given for name in has[step] if name not in grid}
-        places |= {f"{step}.{name}": grid for name in grid}
+        places |= {f"{step}{part}.{name}": grid for name in grid for part in ("", ".grid")}
     for key, value in (overrides or {}).items():
         _check([key], places, "-p")
         step, _, name = key.rpartition(".")
@@ -221,6 +221,7 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         for use, given, read in _uses(section, has[step], planned):
             use = use.strip("/") or ("run" if folder_of[step] == "run" else "")
             name, output = f"{step}/{use}".rstrip("/"), out / step.replace(":", "_") / use
+            require(all(s.output != output for s in planned), f"{path.name}: two runs would both write to {output}; rename one")
             parameters, used = _resolve({folder_of[step]: str(output), **given}, known, f"{path.name}: {name}")
             if folder_of[step] == "run":
                 TrainConfig(**parameters)  # refuses now, not after the steps before it

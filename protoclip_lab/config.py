@@ -138,11 +138,14 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> "TrainConfig":
+        clip = self.objective == "clip"
+        size, lit, end = (value or math.inf for value in (self.episode_size, self.lit_start_episode, self.text_end_episode))
         for k in self.teacher_ks().values():
+            require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
-        start, end = self.text_start_episode, self.text_end_episode or math.inf
-        require(start <= end, f"text_end_episode = {end} lies before text_start_episode")
+        require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
+        require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")
         require(self.evaluation_sets or not self.evaluate_every, "evaluate_every is set but evaluation_sets is empty: name some")
         names = self.teacher_names()
         require(len({*names, "image", "text"}) == len(names) + 2, f"teacher names {names} must differ, and not be 'image' or 'text'")

@@ -35,8 +35,6 @@ open_clip.add_model_config(Path(__file__).parent / "model_configs")
 # open_clip warns, through the root logger, of random weights, which are what was asked for.
 logging.root.addFilter(lambda record: not str(record.msg).endswith(("initialized randomly.", "initialized partially.")))
 
-log = logging.getLogger(__name__)
-
 
 class Outputs(NamedTuple):
     """What the towers and heads make of a batch; None for what was not asked for. All L2-normalised, float32."""
@@ -172,7 +170,7 @@ def load(path: str | Path) -> TwoTowers:
             name = name.removesuffix("-quickgelu") + "-quickgelu"  # the same towers with the weights' own activation
         return create(TrainConfig(model=name, pretrained=tag, objective="clip")).eval()
     folder = Path(path)
-    if folder.suffix == ".pt":
+    if folder.suffix == ".pt" and folder.is_file():
         return _load_authors(folder)
     plain = create(TrainConfig(model=f"local-dir:{folder}", objective="clip"))
     about = folder / "heads.json"
@@ -236,7 +234,7 @@ def _transformed(images: Sequence[Image.Image], transform: Callable, rows: Seque
         try:
             return transform(images[row])
         except OSError as error:
-            log.warning("%s", error)
+            logging.getLogger(__name__).warning("%s", error)
             return torch.full_like(transform(Image.new("RGB", (8, 8))), torch.nan)
 
     return torch.stack([read(row) for row in rows]), None
@@ -247,7 +245,10 @@ def _load_authors(file: Path) -> TwoTowers:
     # Their optimizer's state holds NumPy float64 scalars, whose module has moved since.
     names = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*names, np.dtype, type(np.dtype(np.float64))]):
-        found = torch.load(file, map_location="cpu", weights_only=True).get("state_dict", {})
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        except Exception as error:  # it may hold anything; without torch's advice to unpickle it all the same
+            raise ValueError(f"{file} is no checkpoint of the ProtoCLIP authors' code ({type(error).__name__})") from None
     state = {name.removeprefix("module.").replace("_projection_head", "_head"): value for name, value in found.items()}
     require("positional_embedding" in state, f"{file} is no checkpoint of the ProtoCLIP authors' code: it has no towers of CLIP")
     own = {name: value for name, value in state.items() if name.startswith(("image_head", "text_head", "logit_scale_proto"))}

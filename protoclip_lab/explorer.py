@@ -81,9 +81,8 @@ class View(VBox):
         self._read()
         self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
         look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "x_scale": EDGES, "y_scale": EDGES}
-        hover = {"tooltip": True, "tooltip_preview": "caption", "tooltip_histograms": False}
-        hover["tooltip_properties"] = self.colouring.options
-        self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **hover)
+        tip = {"tooltip": True, "tooltip_preview": "caption", "tooltip_histograms": False, "tooltip_properties": self.colouring.options}
+        self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **tip)
         self._colour()
         self.show([], HINT)
 

@@ -26,8 +26,6 @@ from protoclip_lab.storage import write_json, write_text
 FREE = {"workers", "save_every", "tensorboard", "wandb", "run", "draw_every"}
 CHECKSUMS = "checksums.json"
 
-log = logging.getLogger(__name__)
-
 
 class Run:
     """A run directory.
@@ -91,7 +89,7 @@ class Run:
         for folder in reversed(self.checkpoints()):
             if not (damaged := damaged_files(folder)):
                 return folder
-            log.warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
+            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
         return None
 
     def checkpoint(self, path: str | Path = "") -> Path:

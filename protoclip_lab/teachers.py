@@ -92,7 +92,7 @@ def teach(
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     raw_path, state_path = output / f"teacher.{key}.partial", output / f"teacher.{key}.json"
     output.mkdir(parents=True, exist_ok=True)
-    done = json.loads(state_path.read_text()) if state_path.exists() else 0
+    done = json.loads(state_path.read_text()) if state_path.exists() and raw_path.exists() else 0
     for block in _embed(kind, items, model, done, **options):
         raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block

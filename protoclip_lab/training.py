@@ -110,10 +110,10 @@ class _Trainer:
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[prototypes.Prototypes] = []
-        self.step, self.interrupted, checkpoint = 0, False, run.latest  # steps done in all
-        # A resumed run fetches no pretrained weights: its own replace them.
-        fresh = {} if checkpoint is None else {"pretrained": "", "text_pretrained": False}
-        self.bare = model = encoders.create(config.model_copy(update=fresh))
+        self.step, self.interrupted, checkpoint = 0, 0, run.latest  # steps done in all; the next one when asked to stop
+        # A resumed run takes towers, transform and tokenizer from its checkpoint, and fetches no pretrained weights.
+        own = {} if checkpoint is None else {"model": f"local-dir:{checkpoint}", "pretrained": "", "text_model": ""}
+        self.bare = model = encoders.create(config.model_copy(update=own))
         vit = not hasattr(model.clip.visual, "layer1")
         betas = config.betas or ((0.9, 0.98) if vit else (0.9, 0.999))
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
@@ -151,8 +151,9 @@ class _Trainer:
                 while self.step < total:
                     self._episode(self.step // self.steps + 1)
             except Interrupted:
-                if self.step:
-                    self.run.save(checkpoint_name(*divmod(self.step, self.steps)), self._write)
+                name = checkpoint_name(*divmod(self.step, self.steps))
+                if self.step and not (self.run.path / "checkpoints" / name).exists():
+                    self.run.save(name, self._write)
                 raise
             finally:
                 signal.signal(signal.SIGINT, before)
@@ -163,7 +164,7 @@ class _Trainer:
         """Stop after the step in progress; asked again, at once."""
         if self.interrupted:
             raise KeyboardInterrupt(signum)
-        self.interrupted = True
+        self.interrupted = self.step + 1
 
     def _begin(self) -> None:
         """What an episode adds up, while none of its steps is done: its row of the metrics, and moments."""
@@ -346,7 +347,7 @@ class _Trainer:
         reading = self.reader.read(rows, **plan)
         for _ in rows:
             # Not between clustering and the first step: the checkpoint would hold half of what the episode starts from.
-            if self.interrupted and (self.step % self.steps or plan["purpose"] == "extract"):
+            if self.interrupted and (self.step % self.steps or self.step >= self.interrupted or plan["purpose"] == "extract"):
                 raise Interrupted(f"after step {self.step}; nothing is lost, the same call goes on from there")
             begin = time.perf_counter()
             batch = next(reading)

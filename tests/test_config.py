@@ -26,6 +26,8 @@ from protoclip_lab.config import TrainConfig, call, notebook_settings
         ({"teachers": [{"features": "x.npy", "name": "image"}]}, "must differ"),
         ({"text_start_episode": 5, "text_end_episode": 4}, "lies before text_start_episode"),
         ({"evaluate_every": 1}, "evaluation_sets is empty"),
+        ({"k": 4000}, "more than episode_size; the nearest valid value is 3000"),
+        ({"lit_start_episode": 1}, "lit_start_episode = 1 leaves no episode for prototypes"),
         ({"episodes": "many"}, "episodes"),
     ],
 )

@@ -113,6 +113,15 @@ def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, work
     assert_same(run, unbroken)
 
 
+def test_an_episode_of_one_step_can_be_interrupted_and_a_checkpoint_that_stands_is_left_alone(table, tmp_path):
+    settings = toy_settings(table, tmp_path / "run", objective="clip", episodes=4, batch_size=48)
+    assert in_process(train_and_die, settings, "learning", 2, signal.SIGINT) == 1
+    run = Run(tmp_path / "run")
+    assert run.metrics(kind="step")["step"].max() == 2
+    assert [checkpoint.name for checkpoint in run.checkpoints()] == ["episode_0001", "episode_0002"]
+    assert in_process(run_training, settings) == 0 and run.finished
+
+
 def test_killed_after_an_interruption_is_bit_identical(table, settings, unbroken, tmp_path):
     config = toy_settings(table, tmp_path / "run", **settings)
     assert in_process(train_and_die, config, "learning", 5, signal.SIGINT) == 1

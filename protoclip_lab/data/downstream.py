@@ -125,8 +125,7 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     places = index_tar(path) if path.is_file() else {f.relative_to(path).as_posix(): NO_PLACE for f in path.glob("*/*")}
     names = (n for n in places if "/" in n and n.lower().endswith(IMAGE_SUFFIXES) and not re.search(r"(^|/)\.", n))
     files = sorted(map(PurePosixPath, names))
-    if len({file.parent.parent for file in files}) != 1:
-        raise ValueError(f"{path} does not fit: expected <class>/<image file>, with all class folders in one place")
+    require(len({f.parent.parent for f in files}) == 1, f"{path}: expected <class>/<image file>, all class folders in one place")
     return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[str(f)] for f in files}))
 
 
@@ -138,8 +137,7 @@ def from_pairs(pairs: Pairs, column: str, classes: Classes | None = None) -> Lab
     """
     seen: dict[str, str] = {}  # in the order of the first rows, as PairImages has them
     for path, label in zip(pairs.column("filepath"), map(str, pairs.column(column)), strict=True):
-        if seen.setdefault(path, label) != label:
-            raise ValueError(f"{path} of {pairs.source} has two values of {column!r}: {seen[path]!r} and {label!r}")
+        require(seen.setdefault(path, label) == label, f"{path} has two values of {column!r}: {seen[path]!r} and {label!r}")
     return _labelled(f"{pairs.source}:{column}", list(seen.values()), classes, PairImages(pairs))
 
 

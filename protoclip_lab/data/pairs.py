@@ -18,13 +18,11 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
-from protoclip_lab.config import nearest_name
+from protoclip_lab.config import require_known
 from protoclip_lab.storage import write_json
 
 BAD_ROWS = "bad_rows.jsonl"
 NO_PLACE = (-1, -1)  # offset and size in a tar, of an image that is a file of its own
-
-log = logging.getLogger(__name__)
 
 
 class BadRows(ValueError):
@@ -210,7 +208,7 @@ def prepare(
         usable = f"{total - len(bad)} of {total} rows of {table} are usable"
         raise BadRows(f"{usable}, max_bad_share = {max_bad_share:.1%}; the first bad ones: {first}. All: {out / BAD_ROWS}")
     if bad:
-        log.warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
+        logging.getLogger(__name__).warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
     rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
     paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
     offsets, sizes = zip(*(images[path] for path in paths), strict=True)
@@ -237,8 +235,7 @@ def _fault(root: Path, image: tuple[str, Sequence[int]]) -> str:
 
 
 def _column(table: pa.Table, name: str, source: str | Path) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise ValueError(f"{source} has no column {name!r}; the nearest is {nearest_name(name, table.column_names)!r}")
+    require_known(name, table.column_names, f"{source} has no column {name!r}")
     return table[name]
 
 

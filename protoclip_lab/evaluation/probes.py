@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from protoclip_lab.config import require
 from protoclip_lab.encoders import best_device
 from protoclip_lab.evaluation.arrays import BLOCK_ELEMENTS, Estimate, Estimates, accuracy, as_features, as_labels
 from protoclip_lab.randomness import numpy_generator
@@ -41,8 +42,7 @@ def linear_probe(
     Raises:
         ValueError: shapes that do not fit, naming both; NaN or Inf; an unknown scaling.
     """
-    if scaling not in ("standardise", "l2"):
-        raise ValueError(f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
+    require(scaling in ("standardise", "l2"), f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
     x, y, classes, test_x = _checked(train_x, train_y, test_x, normalise=scaling == "l2")
     test_y = as_labels(test_y, len(test_x), "test_y")
     if x.numel() <= DOUBLE_ELEMENTS:
@@ -83,8 +83,7 @@ def _checked(train_x: Any, train_y: Any, test_x: Any, *, normalise: bool = False
     """Features of train, its classes' numbers, the classes, and features of test, on a GPU where there is one."""
     given = {"train_x": train_x, "test_x": test_x}
     train_x, test_x = (as_features(x, name, normalise=normalise).to(best_device()) for name, x in given.items())
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} differ in dimensions")
+    require(train_x.shape[1] == test_x.shape[1], f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} do not fit")
     classes, y = np.unique(as_labels(train_y, len(train_x), "train_y"), return_inverse=True)
     return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x
 

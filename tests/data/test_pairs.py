@@ -164,7 +164,7 @@ def test_where_selects_before_anything_is_counted(folder):
 
 def test_missing_columns_name_the_nearest(folder):
     table = write(folder, "filepath\ttitel\n0.jpg\ta\n")
-    with pytest.raises(ValueError, match="no column 'title'; the nearest is 'titel'"):
+    with pytest.raises(ValueError, match="no column 'title'; the nearest valid name is 'titel'"):
         read(table)
     assert read(table, caption_column="titel").captions == ["a"]
 

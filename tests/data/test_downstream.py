@@ -119,7 +119,7 @@ def test_table_gives_each_distinct_image_once(pairs):
     assert found.images.names == ["b.png", "a.png", "c.png"]
     with pytest.raises(ValueError, match=r"b\.png has two values of 'title': 'x' and 'z'"):
         downstream.from_pairs(pairs, "title")
-    with pytest.raises(ValueError, match="nearest is 'animal'"):
+    with pytest.raises(ValueError, match="nearest valid name is 'animal'"):
         downstream.from_pairs(pairs, "animals")
 
 

@@ -48,7 +48,7 @@ def explore(
         raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
     if not _attended() if static is None else static:
         for snapshot in shown:
-            display.display(snapshot.cluster_maps()["prototypes"], snapshot.sheet())
+            display.display(snapshot.sheet(modality="text"))
         return None
     views = [View(snapshot, options) for snapshot in shown]
     for view in views:

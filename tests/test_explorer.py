@@ -233,7 +233,7 @@ def test_without_anybody_in_front_it_is_figures(run, clip, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *figures: shown.extend(figures))
     assert explore(run, other=clip, **OPTIONS) is None
-    assert len(shown) == 4 and all(isinstance(figure, Figure) for figure in shown)
+    assert len(shown) == 2 and all(isinstance(figure, Figure) for figure in shown)
 
 
 def test_nobody_sits_in_front_of_a_notebook_that_nbclient_runs():

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from protoclip_lab import encoders, plots
 from protoclip_lab.runs import Run
-from protoclip_lab.snapshot import Snapshot, open_snapshot
+from protoclip_lab.snapshot import Snapshot, by_distance, open_snapshot
 
 PICTURES = 12  # at a time
 NEAREST = 5  # captions and prototypes
@@ -160,7 +160,7 @@ class View(VBox):
     def _show_prototype(self, change: dict) -> None:
         if (prototype := change["new"]) is not None:
             members = np.flatnonzero(self.assigned == prototype)
-            nearest = (self.features[members] - self.centroids[prototype]).norm(dim=1).argsort(stable=True).numpy()
+            nearest = by_distance(self.features[members], self.centroids[prototype])
             self._share(members[nearest], f"Prototype {self.names[prototype]}: {len(members):,} samples, nearest first", self.prototype)
 
     def _show_selected(self, change: dict) -> None:

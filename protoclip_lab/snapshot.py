@@ -220,9 +220,9 @@ class Snapshot:
         images, captions, about = [], [], []
         for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]:
             members = np.flatnonzero(assigned == chosen)
-            shown = [*members[_nearest(features[members], centroids[chosen])][:nearest]]
+            shown = [*members[by_distance(features[members], centroids[chosen])][:nearest]]
             if twin is not None:
-                shown += [None, *_nearest(self.prototypes(other)[2], twin[chosen])[: nearest - 1]]
+                shown += [None, *by_distance(self.prototypes(other)[2], twin[chosen])[: nearest - 1]]
             pairs = [(None, "") if i is None else self.pairs[self.rows[i]] for i in shown]
             images.append([image for image, _ in pairs])
             captions.append([caption for _, caption in pairs])
@@ -322,6 +322,6 @@ def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> encoders.Output
     return encoders.encode_pairs(encoders.load(checkpoint).to(encoders.best_device()), pairs, rows)
 
 
-def _nearest(features: Tensor, centroid: Tensor) -> np.ndarray:
+def by_distance(features: Tensor, centroid: Tensor) -> np.ndarray:
     """Rows of features by their distance to a centroid."""
     return (features - centroid).norm(dim=1).argsort(stable=True).numpy()

@@ -1,5 +1,8 @@
 """K-means over an episode's features, and prototypical back translation: pure functions of features."""
 
+import math
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +26,16 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    features: Tensor, k: int, *, iterations: int = 20, restarts: int = 1, seed: int = 0, init: Tensor | None = None, engine: str = AUTO
+    features: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+    init: Tensor | None = None,
+    tolerance: float = 0.0,
+    balanced: bool = False,
+    engine: str = AUTO,
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 
@@ -37,6 +49,10 @@ def kmeans(
         restarts: independent starts, the one with the lowest objective is returned; 1 when ``init`` is given.
         seed: same seed and threads give the same bits on the CPU.
         init: (k, d) initial centroids; None draws k distinct rows.
+        tolerance: stop before ``iterations`` when one lowers the objective by less than this share (faiss before
+            1.15 knows none and makes them all).
+        balanced: clusters of about one size by Sinkhorn's assignment, see :func:`balance`; then labels are not the
+            nearest centroids, and the engine is "torch".
         engine: "faiss" (CPU, and GPUs with the GPU build), "torch" (blocked, on the features' device), or
             "auto": faiss, except on a GPU for which faiss has no build.
 
@@ -54,8 +70,8 @@ def kmeans(
         import faiss
 
         engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
-    run = {"faiss": _faiss_kmeans, "torch": _torch_kmeans}[engine]
-    labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init)
+    run = {"faiss": _faiss_kmeans, "torch": partial(_torch_kmeans, balanced=balanced)}["torch" if balanced else engine]
+    labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init, tolerance)
     return Clusters(labels, centroids, torch.bincount(labels, minlength=k), _objective(features, labels, centroids))
 
 
@@ -78,11 +94,35 @@ def back_translate(labels: Tensor, features: Tensor, k: int) -> Tensor:
     return sums / torch.bincount(labels, minlength=k).clamp(min=1).unsqueeze(1)
 
 
-def nearest(features: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid (Euclidean) of each row: (N, d), (K, d) -> (N,) int64, in blocks."""
-    half_norms = centroids.square().sum(dim=1) / 2
-    rows = max(1, BLOCK_ELEMENTS // len(centroids))
-    return torch.cat([torch.addmm(half_norms, block, centroids.T, alpha=-1).argmin(dim=1) for block in features.split(rows)])
+def nearest(features: Tensor, centroids: Tensor, penalty: Tensor | None = None) -> Tensor:
+    """Index of the nearest centroid (Euclidean) of each row: (N, d), (K, d) -> (N,) int64, in blocks.
+
+    Args:
+        penalty: (K,), added to half the squared distance to each centroid; infinite for one that takes no part.
+    """
+    return torch.cat([block.argmin(dim=1) for block in _half_distances(features, centroids, penalty)])
+
+
+def balance(features: Tensor, centroids: Tensor, *, temperature: float = 0.05, rounds: int = 3) -> Tensor:
+    """The penalties under which :func:`nearest` gives all centroids about equally many rows, (K,).
+
+    Sinkhorn's iterations on ``exp(−|x − c|² / 2τ)``, its rows normalised, then its columns, as often as ``rounds``
+    says; in blocks, so that no (N, K) tensor exists.
+
+    Source: SwAV (arXiv 2006.09882), section 3.1 and its τ and rounds.
+    """
+    penalty = features.new_zeros(len(centroids))
+    for _ in range(rounds):
+        mass = sum(torch.softmax(block / -temperature, dim=1).sum(dim=0) for block in _half_distances(features, centroids, penalty))
+        penalty = penalty + temperature * (mass.clamp(min=1e-30) * len(centroids) / len(features)).log()
+    return penalty
+
+
+def _half_distances(features: Tensor, centroids: Tensor, penalty: Tensor | None) -> Iterator[Tensor]:
+    # Without |x|²/2, which is the same for all centroids.
+    offsets = centroids.square().sum(dim=1) / 2 + (0 if penalty is None else penalty)
+    for block in features.split(max(1, BLOCK_ELEMENTS // len(centroids))):
+        yield torch.addmm(offsets, block, centroids.T, alpha=-1)
 
 
 def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
@@ -91,7 +131,7 @@ def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
     return float((features - centroids[labels]).square().sum(dim=1).cpu().double().sum())
 
 
-def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
+def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float) -> tuple:
     import faiss
 
     # faiss brings an OpenMP pool of its own, which would otherwise ignore the caller's thread setting.
@@ -100,23 +140,34 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     # All rows: faiss otherwise samples 256 for each centroid, and warns below 39 of them.
     all_rows = {"max_points_per_centroid": -(-len(array) // k), "min_points_per_centroid": 1}
     search = {"niter": iterations, "nredo": restarts, "gpu": features.is_cuda and faiss.get_num_gpus() > 0}
+    if hasattr(faiss.ClusteringParameters, "early_stop_threshold"):
+        search["early_stop_threshold"] = tolerance
     engine = faiss.Kmeans(array.shape[1], k, seed=derive(seed, "kmeans") % 2**31, **search, **all_rows)
     engine.train(array, init_centroids=None if init is None else init.detach().float().cpu().numpy())
     return tuple(torch.from_numpy(found).to(features.device) for found in (engine.assign(array)[1], engine.centroids))
 
 
-def _torch_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None) -> tuple:
+def _torch_kmeans(
+    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, *, balanced: bool
+) -> tuple:
     from faiss.contrib.clustering import reassign_centroids
+
+    def assign(centroids: Tensor) -> Tensor:
+        return nearest(features, centroids, balance(features, centroids) if balanced else None)
 
     found = []
     for restart in range(restarts):
         draws = numpy_generator(seed, "kmeans", restart)
         centroids = features[draws.permutation(len(features))[:k]] if init is None else init.to(features)
+        objective = math.inf
         for _ in range(iterations):
-            labels = nearest(features, centroids)
+            labels = assign(centroids)
+            before, objective = objective, _objective(features, labels, centroids)
+            if tolerance and objective > before * (1 - tolerance):
+                break
             # An empty cluster takes half of one drawn in proportion to its size. On the host: faiss 1.8 does it for NumPy alone.
             means = back_translate(labels, features, k).cpu().numpy()
             reassign_centroids(torch.bincount(labels, minlength=k).cpu().numpy(), means, draws)
             centroids = torch.from_numpy(means).to(features.device)
-        found.append((nearest(features, centroids), centroids))
+        found.append((assign(centroids), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))

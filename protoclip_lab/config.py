@@ -65,6 +65,8 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the towers")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and faiss; None leaves torch's choice")
     workers: int = Field(1, ge=0, description="processes that read and augment images")
+    image_cache: int = Field(512, ge=0, description="MiB a worker of images decoded for extraction, kept for learning")
+    compile: bool = Field(False, description="torch.compile the towers: pays on GPUs and for long runs")
 
     # --- data
     table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes draws its own")
@@ -94,6 +96,7 @@ class TrainConfig(Settings):
     # --- episodes
     episodes: int = Field(8, ge=1, description="number of episodes")
     episode_size: int | None = Field(3000, ge=1, description="pairs in an episode; None takes the whole table")
+    visits: int = Field(1, ge=1, description="episodes in a row that learn the same pairs")
     infonce_warmup_episodes: int = Field(1, ge=0, description="first episodes by the alignment loss alone")
     lit_start_episode: int | None = Field(None, ge=1, description="from here on image tower locked, alignment alone")
 
@@ -105,14 +108,21 @@ class TrainConfig(Settings):
     temperature: float = Field(0.01, description="softmax temperature of the internal teachers; 0 or less is one-hot")
 
     # --- prototypes
+    prototypes: Literal["episode", "rolling"] = Field("episode", description="rolling needs no extraction pass")
     k: int | list[int] = Field(200, description="number of prototypes, or a list of numbers")
     kmeans_iterations: int = Field(20, ge=1, description="Lloyd iterations")
     kmeans_restarts: int = Field(3, ge=1, description="independent starts of which the best is kept")
     kmeans_engine: Literal["auto", "faiss", "torch"] = Field("auto", description="who computes k-means")
+    kmeans_warm_start: bool = Field(False, description="begin from the last centroids, with one start")
+    kmeans_tolerance: float = Field(0.0, ge=0, le=1, description="stop when an iteration gains less than this share")
+    kmeans_balanced: bool = Field(False, description="clusters of about one size, by Sinkhorn as in SwAV")
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
-    cluster_every: int = Field(1, ge=1, description="episodes between clusterings; between them labels are on the fly")
+    extraction_share: float = Field(
+        1.0, gt=0, le=1, description="part of an episode that is clustered; the rest is labelled on the fly"
+    )
+    cluster_every: float = Field(1, gt=0, description="episodes between clusterings; a fraction needs rolling prototypes")
 
     # --- optimisation
     batch_size: int = Field(64, ge=2, description="pairs in a forward pass")
@@ -143,6 +153,8 @@ class TrainConfig(Settings):
         for k in self.teacher_ks().values():
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
+        whole = self.prototypes == "rolling" or self.cluster_every % 1 == 0
+        require(whole, f"cluster_every = {self.cluster_every} needs prototypes = 'rolling'; the nearest valid value is 1")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")

@@ -212,7 +212,7 @@ def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int =
 def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
     """All four features of some rows of a table, (n, d) float32 on the CPU, under the eval transform."""
     batches = Batches(pairs, {"eval": model.eval_transform}, model.tokenizer, seed=0)
-    return _encode(model, "pairs", rows, lambda part: batches["eval", "encode", 0, part], batch_size)
+    return _encode(model, "pairs", rows, lambda part: batches["eval", "encode", 0, part][:2], batch_size)
 
 
 @torch.no_grad()

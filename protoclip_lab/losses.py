@@ -1,13 +1,15 @@
 """The prototype loss: pure functions of features. The alignment losses are open_clip's ClipLoss and SigLipLoss."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip_lab.config import require
 
-# Rows of the (K, K) teacher distribution held at once by `expected_prototypes`: 2**24 floats are 64 MiB.
-BLOCK_ELEMENTS = 2**24
+# Logits held at once: 2**21 floats are 8 MiB, which still lie in a CPU's cache between the passes over them.
+BLOCK_ELEMENTS = 2**21
 
 
 def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Tensor:
@@ -34,8 +36,40 @@ def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: 
     # Their product would broadcast.
     require(targets.shape == features.shape, f"features and targets differ in shape: {[*features.shape]} and {[*targets.shape]}")
     features, centroids, targets = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids, targets))
-    logits = masked(scale * features @ centroids.T, occupied)
-    return (torch.logsumexp(logits, dim=1) - scale * (features * targets).sum(dim=1)).mean()
+    scale = torch.as_tensor(scale, dtype=features.dtype, device=features.device)
+    if centroids.requires_grad:  # prototypes that learn: autograd's own way
+        sums = torch.logsumexp(masked(scale * features @ centroids.T, occupied), dim=1)
+    else:
+        sums = _LogSumExp.apply(features, centroids, scale, occupied)
+    return (sums - scale * (features * targets).sum(dim=1)).mean()
+
+
+class _LogSumExp(torch.autograd.Function):
+    """``logsumexp_k(s h·C_k)`` of each row, in blocks of rows.
+
+    Its gradient ``s Σ_k softmax_k C_k`` is made on the way, while the block's softmax is at hand: a (B, K) tensor
+    neither waits for the backward pass nor is made anew by it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, centroids: Tensor, scale: Tensor, occupied: Tensor | None) -> Tensor:
+        sums, means = [], []
+        for block in features.split(max(1, BLOCK_ELEMENTS // len(centroids))):
+            logits = masked((scale * block) @ centroids.T, occupied)
+            highest = logits.amax(dim=1, keepdim=True)
+            weights = logits.sub_(highest).exp_()
+            total = weights.sum(dim=1, keepdim=True)
+            sums.append((highest + total.log()).squeeze(1))
+            means.append(weights @ centroids / total)
+        ctx.save_for_backward(features, scale, torch.cat(means))
+        return torch.cat(sums)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features, scale, means = ctx.saved_tensors
+        weighted = gradient.unsqueeze(1) * means
+        return scale * weighted, None, (features * weighted).sum(), None
 
 
 def prototype_loss_reference(
@@ -98,5 +132,5 @@ def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperatur
 
 
 def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:
-    """Logits (..., K) with -inf for clusters that are not ``occupied``; None masks nothing."""
-    return logits if occupied is None else logits.masked_fill(~occupied, -torch.inf)
+    """Logits (..., K) with -inf, in place, for clusters that are not ``occupied``; None masks nothing."""
+    return logits if occupied is None else logits.masked_fill_(~occupied, -torch.inf)

@@ -1,7 +1,7 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +53,8 @@ class Prototypes:
         """
         if not self.carried:
             return self.labels[positions]
-        occupied = self.occupied.nonzero()[:, 0]
-        return occupied[clustering.nearest(teacher_features, self.teacher_centroids[occupied])]
+        empty = torch.zeros_like(self.teacher_centroids[:, 0]).masked_fill_(~self.occupied, torch.inf)
+        return clustering.nearest(teacher_features, self.teacher_centroids, empty)
 
     def loss(self, features: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """The prototype loss of student ``features`` (B, d) whose teacher labels are ``labels`` (B,)."""
@@ -66,7 +66,13 @@ class Prototypes:
 
 
 def construct(
-    features: dict[str, Tensor], teachers: list[Teacher], seed: int, back_translation: bool = True, mask_empty: bool = True, **how: Any
+    features: dict[str, Tensor],
+    teachers: list[Teacher],
+    seed: int,
+    back_translation: bool = True,
+    mask_empty: bool = True,
+    init: Mapping[str, Tensor] | None = None,
+    **how: Any,
 ) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -79,7 +85,8 @@ def construct(
         seed: of the episode; each teacher and k draws its own from it.
         back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
         mask_empty: keep empty clusters out of both softmaxes; False lets them compete, as the authors' code does.
-        how: iterations, restarts and engine of :func:`protoclip_lab.clustering.kmeans`.
+        init: centroids to start from, by the name of the clusters they become.
+        how: iterations, restarts and the like of :func:`protoclip_lab.clustering.kmeans`.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
@@ -87,8 +94,9 @@ def construct(
     records, clusters = [], {}
     for teacher in teachers:
         for k in teacher.ks:
-            found = clustering.kmeans(features[teacher.name], k, seed=derive(seed, "clusters of", teacher.name, k), **how)
-            clusters[f"{teacher.name}_{k}"] = found
+            name = f"{teacher.name}_{k}"
+            start = {"seed": derive(seed, "clusters of", teacher.name, k), "init": (init or {}).get(name)}
+            clusters[name] = found = clustering.kmeans(features[teacher.name], k, **start, **how)
             occupied = (found.sizes > 0) | (not mask_empty)
             for student in [s for s in STUDENTS if s != teacher.name]:
                 centroids = clustering.back_translate(found.labels, features[student], k) if back_translation else found.centroids

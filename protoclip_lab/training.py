@@ -1,6 +1,7 @@
 """The episode loop: extract, construct prototypes, learn."""
 
 import json
+import logging
 import math
 import shutil
 import signal
@@ -23,14 +24,16 @@ from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig, require
-from protoclip_lab.data.batches import Batches, Reader, augmentation
+from protoclip_lab.data.batches import Augmentation, Batches, Reader
 from protoclip_lab.data.episodes import Episodes
 from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.evaluation import suite
-from protoclip_lab.randomness import derive
+from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
+
+MUCH_WAITING = 0.2  # share of an episode above which reading is said to be the limit
 
 
 class Interrupted(KeyboardInterrupt):
@@ -110,6 +113,12 @@ class _Trainer:
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[prototypes.Prototypes] = []
+        # Rolling prototypes: h_I, h_T and row of the last samples that were learnt, as many as an episode's steps hold.
+        self.buffer: dict[str, Tensor] = {}
+        if self.teachers and config.prototypes == "rolling":
+            none = torch.zeros(self.steps * self.width, config.projection_dim, device=self.device)
+            self.buffer = {"image": none, "text": none.clone(), "row": torch.zeros(len(none), dtype=torch.int64)}
+        self.unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # metrics of steps that are still on the device
         self.step, self.interrupted, checkpoint = 0, 0, run.latest  # steps done in all; the next one when asked to stop
         # A resumed run takes towers, transform and tokenizer from its checkpoint, and fetches no pretrained weights.
         own = {} if checkpoint is None else {"model": f"local-dir:{checkpoint}", "pretrained": "", "text_model": ""}
@@ -121,9 +130,12 @@ class _Trainer:
         model.to(self.device).clip.visual.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, betas=tuple(betas), eps=eps, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if config.compile:
+            self.model.compile()
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
-        crop = augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
-        batches = Batches(self.pairs, {"train": crop, "eval": model.eval_transform}, model.tokenizer, config.seed)
+        self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
+        transforms, twice = {"train": self.crop, "eval": model.eval_transform}, bool(self.teachers and not self.buffer)
+        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, keep=twice, cache_mib=config.image_cache)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
@@ -152,6 +164,7 @@ class _Trainer:
                     self._episode(self.step // self.steps + 1)
             except Interrupted:
                 name = checkpoint_name(*divmod(self.step, self.steps))
+                self._flush()
                 if self.step and not (self.run.path / "checkpoints" / name).exists():
                     self.run.save(name, self._write)
                 raise
@@ -174,22 +187,35 @@ class _Trainer:
 
     def _episode(self, episode: int) -> None:
         config = self.config
-        self.ids = self.episodes.ids(episode)
+        drawn, self.visit = divmod(episode - 1, config.visits)
+        self.ids, self.places = self.episodes.ids(drawn + 1), np.arange(self.episodes.size)
+        if self.visit:
+            # The same pairs in other batches.
+            order = numpy_generator(config.seed, "visit", episode).permutation(self.steps * self.width)
+            self.ids = self.ids[order]
+            if self.buffer:
+                self.places = order  # where the clustered sample lies that is learnt now
         lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
         if lit:
             self.bare.clip.visual.requires_grad_(False)
         teaching = config.objective == "protoclip" and episode > config.infonce_warmup_episodes and not lit
-        carried = bool(self.records and (episode - config.infonce_warmup_episodes - 1) % config.cluster_every)
-        if teaching and (carried or self.step % self.steps):
-            # Those of an earlier episode; or of this one, which was interrupted.
-            self.records = [replace(record, carried=carried) for record in self.records]
-        elif teaching:
+        carried = bool(self.records and (self.buffer or (episode - config.infonce_warmup_episodes - 1) % config.cluster_every))
+        # Not where they are carried over, or were made before this episode was interrupted.
+        if teaching and not carried and not self.step % self.steps:
             with self._timed("extract"):
                 features = self._extract(episode)
             with self._timed("cluster"):
-                self._construct(episode, features)
+                self._construct(features)
+            for name in self.buffer:
+                # No warm-up has filled it.
+                self.buffer[name][:] = (features | {"row": torch.from_numpy(self.ids)})[name][: self.steps * self.width]
+        # Stored labels are of this episode's samples if all of them were clustered.
+        on_the_fly = not self.visit if self.buffer else carried or config.extraction_share < 1
+        self.records = [replace(record, carried=on_the_fly) for record in self.records]
         with self._timed("learn"):
-            self._learn(episode, self.records if teaching else [])
+            self._learn(episode, teaching)
+        if self.buffer:
+            self.row["time/learn"] -= self.row["time/cluster"]  # which went on within it
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
@@ -200,7 +226,10 @@ class _Trainer:
         std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
         spread = {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
         spread["time/images_per_second"] = self.steps * self.width / self.row["time/learn"]
-        spread["time/share_waiting"] = self.row["time/wait"] / (self.row["time/learn"] + self.row.get("time/extract", 0))
+        spread["time/share_waiting"] = waited = self.row["time/wait"] / (self.row["time/learn"] + self.row.get("time/extract", 0))
+        if waited > MUCH_WAITING:
+            say = "%.0f %% of episode %d was spent waiting for images: more workers (now %d) or smaller images would make it faster"
+            logging.getLogger(__name__).warning(say, 100 * waited, episode, config.workers)
         self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **spread})
         self._begin()
         if episode % config.save_every == 0 or episode == config.episodes:
@@ -209,18 +238,23 @@ class _Trainer:
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
         self.model.eval()
-        stretches = np.split(self.ids, range(self.config.batch_size, len(self.ids), self.config.batch_size))
+        ids = self.ids[: math.ceil(self.config.extraction_share * len(self.ids))]
+        stretches = np.split(ids, range(self.config.batch_size, len(ids), self.config.batch_size))
         batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
         # Of the four outputs the last two, h_I and h_T.
         image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
-        return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
+        return {"image": image, "text": text} | {name: self._stored(name, ids) for name in self.external}
 
-    def _construct(self, episode: int, features: dict[str, Tensor]) -> None:
+    def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
         how = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts, "engine": config.kmeans_engine}
+        how |= {"tolerance": config.kmeans_tolerance, "balanced": config.kmeans_balanced}
         how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
-        self.records, clusters = prototypes.construct(features, self.teachers, seed=derive(config.seed, "prototypes", episode), **how)
+        if config.kmeans_warm_start:
+            how["init"] = {name: record.teacher_centroids for name, record in before.items()}
+        seed = derive(config.seed, "prototypes", self.step)
+        self.records, clusters = prototypes.construct(features, self.teachers, seed, **how)
         for name, found in clusters.items():
             sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
             sizes |= {"empty": (found.sizes == 0).sum(), "objective": found.objective}
@@ -231,8 +265,11 @@ class _Trainer:
                 # The last clustering is asked about this episode's samples, so that both speak of the same.
                 then = clustering.nearest(features[old.teacher], old.teacher_centroids)
                 self.row[f"clusters/{name}/nmi_to_previous"] = normalized_mutual_info_score(found.labels.cpu(), then.cpu())
+                if config.kmeans_warm_start:
+                    # The k-th centroid came from the k-th.
+                    self.row[f"clusters/{name}/drift"] = float((found.centroids - old.teacher_centroids).norm(dim=1).mean())
 
-    def _learn(self, episode: int, records: list[prototypes.Prototypes]) -> None:
+    def _learn(self, episode: int, teaching: bool) -> None:
         self.model.train()
         visual = self.bare.clip.visual
         # Locked means locked: BatchNorm statistics too.
@@ -243,28 +280,60 @@ class _Trainer:
             rates = self._set_learning_rates(step)
             # For dropout and the like, if the towers have any.
             torch.manual_seed(derive(self.config.seed, "step", step))
-            outputs, parts = self._backward(images, tokens, slice(start, start + self.width), records)
+            part = slice(start, start + self.width)
+            outputs, parts = self._backward(images, tokens, part, self.records if teaching else [])
             # Without grad_clip too: the norm is a metric.
-            norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip or math.inf))
+            parts["grad_norm"] = self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.bare.clamp_scales()
             z = torch.stack([outputs.image, outputs.text]).detach()
             self.moments += torch.stack([z.mean(dim=1), z.square().mean(dim=1)]) / self.steps
-            parts = {name: float(value) for name, value in parts.items()}
-            # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
-            if not math.isfinite(parts["loss"] + (norm if self.accelerator.scaler is None else 0)):
-                found = f"loss is {parts['loss']}, gradient norm is {norm} at step {step + 1} of episode {episode}: take a lower lr"
-                raise FloatingPointError(f"{found}; last good checkpoint: {self.run.latest or 'none yet'}")
-            for name, value in parts.items():
-                self.row[name] += value / self.steps
+            logs = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
+            parts |= {name: log.detach().exp() for name, log in logs.items() if log is not None}
             self.step += 1
-            self.bar.update()
-            self.bar.set_postfix_str(f"episode {episode}: loss {parts['loss']:.3f}", refresh=False)
+            self.unread.append(({"kind": "step", "episode": episode, "step": self.step, **rates}, parts))
             if step % self.config.log_every == 0:
-                logs = {"scale": self.bare.clip.logit_scale, "scale_proto": self.bare.logit_scale_proto}
-                scales = {name: float(log.detach().exp()) for name, log in logs.items() if log is not None}
-                self._record({"kind": "step", "episode": episode, "step": step + 1, **parts, **rates, "grad_norm": norm, **scales})
+                self._record(self._flush())
+            self.bar.update()
+            if self.buffer:
+                for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
+                    self.buffer[name][self.places[part]] = feature.detach()
+                self.buffer["row"][self.places[part]] = torch.from_numpy(self.ids[part])
+                self._roll()
+        self._flush()
+
+    def _flush(self) -> dict[str, Any]:
+        """Read the metrics of the steps since the last reading, in one go: each reading waits for the device.
+
+        Returns:
+            The last step's.
+        """
+        row: dict[str, Any] = {}
+        values = torch.stack([torch.stack([*parts.values()]) for _, parts in self.unread]).tolist() if self.unread else []
+        for (about, parts), found in zip(self.unread, values, strict=True):
+            row = about | dict(zip(parts, found, strict=True))
+            # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
+            if not math.isfinite(row["loss"] + (row["grad_norm"] if self.accelerator.scaler is None else 0)):
+                found = f"loss is {row['loss']}, gradient norm is {row['grad_norm']} at step {row['step']} of episode {row['episode']}"
+                raise FloatingPointError(f"{found}: take a lower lr; last good checkpoint: {self.run.latest or 'none yet'}")
+            for name in parts:
+                self.row[name] += row[name] / self.steps
+        if row:
+            self.bar.set_postfix_str(f"episode {row['episode']}: loss {row['loss']:.3f}", refresh=False)
+        self.unread.clear()
+        return row
+
+    def _roll(self) -> None:
+        """Make the next prototypes of what was learnt last, where they are due."""
+        config = self.config
+        since = self.step - config.infonce_warmup_episodes * self.steps
+        end = ((config.lit_start_episode or config.episodes + 1) - 1) * self.steps
+        if since >= 0 and since % max(1, round(config.cluster_every * self.steps)) == 0 and self.step < end:
+            with self._timed("cluster"):
+                external = {name: self._stored(name, self.buffer["row"].numpy()) for name in self.external}
+                self._construct(self.buffer | external)
+                self.records = [replace(record, carried=not self.visit) for record in self.records]
 
     def _differentiate(self, outputs: encoders.Outputs, part: slice, records: list[prototypes.Prototypes]) -> dict[str, Tensor]:
         """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
@@ -279,7 +348,7 @@ class _Trainer:
         if any(record.carried for record in records):
             known |= {name: self._stored(name, self.ids[part]) for name in self.external}
         for record in records:
-            labels = record.labels_of(part, known.get(record.teacher))
+            labels = record.labels_of(self.places[part], known.get(record.teacher))
             loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
             total = total + record.weight * loss
             parts[f"loss/{record.name}"] = loss.detach()
@@ -326,8 +395,9 @@ class _Trainer:
         own = {"temperature": config.temperature, "weight": config.proto_weight / 2}
         found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
         found += [prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2) for name, teacher in named.items()]
-        too_many = max((k for teacher in found for k in teacher.ks), default=0)
-        require(too_many <= self.episodes.size, f"k = {too_many} is more than the {self.episodes.size} pairs of an episode")
+        most = max((k for teacher in found for k in teacher.ks), default=0)
+        rows = self.steps * self.width if config.prototypes == "rolling" else math.ceil(config.extraction_share * self.episodes.size)
+        require(most <= rows, f"k = {most} is more than the {rows} pairs of an episode that are clustered")
         return found, {name: teachers.load(teacher.features, self.pairs) for name, teacher in named.items()}
 
     @contextmanager
@@ -352,8 +422,8 @@ class _Trainer:
             begin = time.perf_counter()
             batch = next(reading)
             self.row["time/wait"] += time.perf_counter() - begin
-            images, tokens = (part.to(self.device, non_blocking=True) for part in batch)
-            yield images.contiguous(memory_format=torch.channels_last), tokens
+            images, tokens = (part.to(self.device, non_blocking=True) for part in batch[:2])
+            yield self.crop.finish(images, batch.parameters).contiguous(memory_format=torch.channels_last), tokens
 
     def _stored(self, teacher: str, rows: np.ndarray) -> Tensor:
         """External teacher features of some rows of the table."""
@@ -389,6 +459,8 @@ class _Trainer:
     def _write(self, folder: Path) -> None:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
+        if self.buffer:
+            save_file(self.buffer, folder / "buffer.safetensors")
         slots = {name: self.optimizer.state.get(value, {}) for name, value in self.bare.named_parameters()}
         tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
         save_file(tensors, str(folder / "optimizer.safetensors"))
@@ -401,6 +473,9 @@ class _Trainer:
         self.row.update(about["row"])
         self.moments.copy_(torch.tensor(about["moments"]))
         self.records = prototypes.load(checkpoint, self.device)
+        if self.buffer:
+            for name, value in load_file(checkpoint / "buffer.safetensors").items():
+                self.buffer[name].copy_(value)
         encoders.restore(self.bare, checkpoint)
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             name, slot = key.rsplit("/", 1)

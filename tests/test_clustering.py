@@ -1,11 +1,14 @@
 """K-means and back translation against loops, scikit-learn and their own definitions."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from protoclip_lab import clustering
-from protoclip_lab.clustering import back_translate, kmeans, nearest
+from protoclip_lab.clustering import back_translate, balance, kmeans, nearest
 
 ENGINES = ["faiss", "torch"]
 
@@ -15,6 +18,12 @@ def blobs(seed=0, centres=5, each=40, d=8, spread=0.05):
     middle = torch.randn(centres, d, generator=generator)
     truth = torch.arange(centres).repeat_interleave(each)
     return middle[truth] + spread * torch.randn(len(truth), d, generator=generator), truth
+
+
+def drifted():
+    """Rows without clusters, and centroids at which k-means starts badly and then gains less with every iteration."""
+    x = torch.randn(600, 6, generator=torch.Generator().manual_seed(12))
+    return x, x[:12] * 0.2
 
 
 def squared_distances(x, c):
@@ -127,6 +136,63 @@ def test_non_finite_rows_are_refused_by_number(value):
     x[4, 1] = value
     with pytest.raises(ValueError, match="row 4"):
         kmeans(x, 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tolerance_stops_after_the_first_iteration_that_gains_too_little(engine):
+    x, init = drifted()
+    spent = [kmeans(x, 12, iterations=n, init=init, engine=engine).objective for n in range(1, 12)]
+    gains = [1 - later / earlier for earlier, later in pairwise(spent)]
+    assert all(a > b for a, b in pairwise(gains[:5])) and gains[3] > 0  # the case is one of slow convergence
+    tolerance = (gains[1] + gains[2]) / 2
+    found = kmeans(x, 12, iterations=50, init=init, tolerance=tolerance, engine=engine).objective
+    # The engines see a gain one iteration after it was made.
+    assert spent[-1] < found and found in spent[2:6]
+    assert kmeans(x, 12, iterations=50, init=init, engine=engine).objective <= spent[-1]
+
+
+def test_warm_start_needs_few_iterations_and_keeps_the_numbers_of_its_clusters():
+    x, _ = blobs(centres=9, each=60)
+    before = kmeans(x, 9, init=x[::60])
+    moved = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    warm = kmeans(moved, 9, init=before.centroids, iterations=2)
+    assert torch.equal(warm.labels, before.labels)
+    assert warm.objective <= 1.001 * kmeans(moved, 9, restarts=30, seed=2).objective
+
+
+def test_nearest_adds_the_penalty_to_half_the_squared_distance():
+    generator = torch.Generator().manual_seed(0)
+    x, c, penalty = (torch.randn(*shape, generator=generator) for shape in ((50, 4), (7, 4), (7,)))
+    penalty[3] = torch.inf
+    expected = (torch.cdist(x, c).square() / 2 + penalty).argmin(dim=1)
+    assert torch.equal(nearest(x, c, penalty), expected)
+    assert not (expected == 3).any() and not torch.equal(expected, nearest(x, c))
+
+
+def test_balance_is_the_sinkhorn_of_swav(monkeypatch):
+    """Against the loop of SwAV's code over a dense matrix."""
+    x = F.normalize(torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    c = F.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(1)), dim=1)
+    Q = torch.exp(x @ c.T / 0.05).T.double()
+    Q /= Q.sum()
+    for _ in range(3):
+        Q /= Q.sum(dim=0, keepdim=True) * 60
+        Q /= Q.sum(dim=1, keepdim=True) * 6
+    monkeypatch.setattr(clustering, "BLOCK_ELEMENTS", 50)
+    assert torch.equal(nearest(x, c, balance(x, c)), Q.argmax(dim=0))
+    assert not torch.equal(nearest(x, c), Q.argmax(dim=0))
+
+
+def test_balanced_clusters_are_neither_giant_nor_empty():
+    generator = torch.Generator().manual_seed(0)
+    crowd = torch.randn(900, 8, generator=generator) * 0.02 + torch.eye(8)[0]
+    x = F.normalize(torch.cat([crowd, torch.randn(300, 8, generator=generator)]), dim=1)
+    plain, even = (kmeans(x, 12, seed=0, balanced=b, engine="torch") for b in (False, True))
+    assert 50 < even.sizes.min() and even.sizes.max() < 2 * 100  # a mean of 100
+    assert plain.sizes.min() < 50 and plain.sizes.max() > 2 * 100
+    assert plain.objective < even.objective  # what evenness costs
+    torch.testing.assert_close(even.centroids, back_translate(even.labels, x, 12), rtol=0, atol=0.05)
+    assert torch.equal(kmeans(x, 12, seed=0, balanced=True).labels, even.labels)  # whatever the engine
 
 
 def test_unknown_engine_is_refused():

@@ -40,6 +40,40 @@ def test_fast_loss_equals_textbook_in_value_and_gradient(temperature, empty):
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_blocks_change_neither_value_nor_gradient_and_keep_nothing_of_size_batch_times_k(monkeypatch, rows):
+    features, centroids, teacher, labels, scale, occupied = problem(empty=(3,))
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", rows * len(centroids))
+    h, s = features.clone().requires_grad_(), scale.clone().requires_grad_()
+    targets = expected_prototypes(teacher, centroids, 0.3, occupied=occupied)[labels].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = prototype_loss(h, centroids, targets, s, occupied=occupied)
+    assert max(kept) == features.numel() < len(features) * len(centroids)
+    found = torch.autograd.grad(loss, (h, s, targets))
+    plain = torch.logsumexp((s * h @ centroids.T).masked_fill(~occupied, -torch.inf), dim=1) - s * (h * targets).sum(dim=1)
+    for mine, theirs in zip(found, torch.autograd.grad(plain.mean(), (h, s, targets)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.autograd.gradcheck(
+        lambda *given: prototype_loss(given[0], centroids, given[1], given[2], occupied=occupied), (h, targets, s)
+    )
+
+
+def test_centroids_that_learn_get_their_gradient():
+    features, centroids, _, labels, scale, _ = problem()
+    centroids.requires_grad_()
+    loss = prototype_loss(features, centroids, centroids.detach()[labels], scale)
+    expected = torch.softmax(scale * features @ centroids.T, dim=1).T @ (scale * features) / len(features)
+    torch.testing.assert_close(torch.autograd.grad(loss, centroids)[0], expected)
+
+
+def test_large_logits_do_not_overflow():
+    features, centroids, _, labels, _, _ = problem()
+    loss = prototype_loss(features.float(), 40 * centroids.float(), 40 * centroids.float()[labels], torch.tensor(100.0))
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(4000 * features @ centroids.T, labels), rtol=1e-4, atol=0)
+
+
 def test_one_hot_loss_is_torch_cross_entropy():
     features, centroids, _, labels, scale, _ = problem()
     expected = F.cross_entropy(scale * features @ centroids.T, labels)

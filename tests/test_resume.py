@@ -113,6 +113,28 @@ def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, work
     assert_same(run, unbroken)
 
 
+@pytest.fixture(scope="module")
+def rolling(table, settings, tmp_path_factory):
+    """Settings of rolling prototypes made every two steps from a window of three, and such a run."""
+    own = settings | {"prototypes": "rolling", "cluster_every": 2 / 3, "kmeans_warm_start": True, "log_every": 2}
+    run = tmp_path_factory.mktemp("rolling") / "run"
+    assert in_process(run_training, toy_settings(table, run, **own)) == 0
+    return own, Run(run)
+
+
+@pytest.mark.parametrize(
+    "where, call, blow",
+    [("learning", 8, "SIGKILL"), ("clustering", 7, "SIGKILL"), ("learning", 5, "SIGINT"), ("learning", 8, "SIGINT")],
+)
+def test_rolling_prototypes_go_on_where_they_were(where, call, blow, table, rolling, tmp_path):
+    own, unbroken = rolling
+    config = toy_settings(table, tmp_path / "run", **own)
+    assert in_process(train_and_die, config, where, call, getattr(signal, blow)) in (1, -signal.SIGKILL)
+    assert not Run(tmp_path / "run").finished
+    assert in_process(run_training, config) == 0
+    assert_same(Run(tmp_path / "run"), unbroken)
+
+
 def test_an_episode_of_one_step_can_be_interrupted_and_a_checkpoint_that_stands_is_left_alone(table, tmp_path):
     settings = toy_settings(table, tmp_path / "run", objective="clip", episodes=4, batch_size=48)
     assert in_process(train_and_die, settings, "learning", 2, signal.SIGINT) == 1

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -62,6 +63,197 @@ def test_logged_total_is_the_weighted_sum_of_logged_parts(run, teacher):
     external = (steps["loss/minilm_to_image_6"] + steps["loss/minilm_to_text_6"]) / 2
     expected = 0.5 * steps["loss/clip"] + 2.0 * internal + 3.0 * external
     np.testing.assert_allclose(steps["loss"], expected, rtol=1e-5)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What each step projected, and what each construction was given after how many steps."""
+    steps, made = [], []
+    backward, construct = training._Trainer._backward, training._Trainer._construct
+
+    def step(self, images, tokens, part, records):
+        outputs, parts = backward(self, images, tokens, part, records)
+        steps.append((outputs.image_projection.detach(), outputs.text_projection.detach(), torch.from_numpy(self.ids[part])))
+        return outputs, parts
+
+    def making(self, features):
+        made.append((self.step, {name: value.clone() for name, value in features.items()}))
+        construct(self, features)
+        self.seen = [record.carried for record in self.records]
+
+    monkeypatch.setattr(training._Trainer, "_backward", step)
+    monkeypatch.setattr(training._Trainer, "_construct", making)
+    return steps, made
+
+
+@pytest.mark.parametrize("every, moments", [(1, [3, 6]), (2 / 3, [3, 5, 7]), (2, [3])])
+def test_rolling_prototypes_come_from_the_features_of_the_last_steps(run, teacher, watched, monkeypatch, every, moments):
+    steps, made = watched
+    monkeypatch.setattr(training._Trainer, "_extract", lambda *a: pytest.fail("extracted"))
+    found = run(prototypes="rolling", cluster_every=every, teachers=[teacher], k=[4, 6])
+    stored = torch.from_numpy(training.teachers.load("", None))
+    assert [step for step, _ in made] == moments
+    for step, features in made:
+        # A ring of three steps: one that is overwritten keeps its place.
+        order = sorted(range(step - 3, step), key=lambda number: number % 3)
+        image, text, rows = (torch.cat(parts) for parts in zip(*(steps[number] for number in order), strict=True))
+        assert torch.equal(features["image"], image) and torch.equal(features["text"], text)
+        assert torch.equal(features["minilm"], stored[rows])
+    assert "time/extract" not in found.metrics() and found.metrics()["loss/minilm_to_text_6"].iloc[4:].notna().all()
+
+
+def test_rolling_labels_are_the_nearest_centroids_of_the_present_features(run, teacher, monkeypatch):
+    asked = []
+    real = prototypes.Prototypes.labels_of
+
+    def labels_of(self, positions, features=None):
+        found = real(self, positions, features)
+        asked.append((self, features, found))
+        return found
+
+    monkeypatch.setattr(prototypes.Prototypes, "labels_of", labels_of)
+    run(prototypes="rolling", teachers=[teacher])
+    assert len(asked) == 6 * 4  # steps, directions
+    for record, features, labels in asked:
+        away = torch.cdist(features, record.teacher_centroids).masked_fill(~record.occupied, torch.inf)
+        assert torch.equal(labels, away.argmin(dim=1))
+    assert {record.teacher: features.shape[1] for record, features, _ in asked} == {"image": 16, "text": 16, "minilm": 5}
+
+
+def test_a_later_visit_learns_the_same_pairs_by_the_labels_of_their_own_clusters(run, watched, monkeypatch):
+    steps, made = watched
+    asked = []
+    real = prototypes.Prototypes.labels_of
+
+    def labels_of(self, positions, features=None):
+        found = real(self, positions, features)
+        if (self.teacher, self.student) == ("text", "image"):
+            asked.append((self, found))
+        return found
+
+    monkeypatch.setattr(prototypes.Prototypes, "labels_of", labels_of)
+    run(prototypes="rolling", visits=2, episodes=4, episode_size=50)
+    rows = [torch.cat([rows for _, _, rows in steps[first : first + 3]]) for first in (0, 3, 6, 9)]
+    assert [sorted(a.tolist()) == sorted(b.tolist()) for a, b in pairwise(rows)] == [True, False, True]
+    assert not rows[0].equal(rows[1])
+    assert [step for step, _ in made] == [3, 6, 9]
+    assert [record.carried for record, _ in asked] == 3 * [False] + 3 * [True] + 3 * [False]
+    for first, clustered in ((3, rows[0]), (9, rows[2])):
+        record = asked[first - 3][0]
+        label_of_row = dict(zip(clustered.tolist(), record.labels.tolist(), strict=True))
+        for (_, _, learnt), (_, labels) in zip(steps[first : first + 3], asked[first - 3 : first], strict=True):
+            assert labels.tolist() == [label_of_row[row] for row in learnt.tolist()]
+
+
+def test_rolling_without_warm_up_extracts_once(run, watched):
+    steps, made = watched
+    rows = run(prototypes="rolling", infonce_warmup_episodes=0, cluster_every=1 / 3, batch_size=12, episodes=2).metrics()
+    assert rows["time/extract"].notna().sum() == 1
+    assert [step for step, _ in made] == [0, *range(1, 8)]
+    # After one step the rest is still what was extracted.
+    assert torch.equal(made[1][1]["text"][12:], made[0][1]["text"][12:])
+    assert torch.equal(made[1][1]["text"][:12], steps[0][1])
+
+
+def test_rolling_prototypes_stop_where_the_image_tower_is_locked(run, watched):
+    _, made = watched
+    run(prototypes="rolling", model="RN-mini", episodes=4, lit_start_episode=3)
+    assert [step for step, _ in made] == [3]
+
+
+def test_a_share_of_the_episode_is_extracted_and_all_labels_are_on_the_fly(run, watched):
+    _, made = watched
+    found = run(extraction_share=0.4)
+    assert [(step, len(features["image"])) for step, features in made] == [(3, 20), (6, 20)]
+    assert all(record.carried for record in prototypes.load(found.latest))
+    with pytest.raises(ValueError, match="k = 21 is more than the 20 pairs"):
+        run(extraction_share=0.4, k=21)
+
+
+def test_warm_start_begins_from_the_last_centroids_and_reports_their_drift(run, monkeypatch):
+    starts, ends = [], []
+    real = prototypes.clustering.kmeans
+
+    def kmeans(features, k, **how):
+        found = real(features, k, **how)
+        starts.append(how["init"])
+        ends.append(found.centroids)
+        return found
+
+    monkeypatch.setattr(prototypes.clustering, "kmeans", kmeans)
+    rows = run(kmeans_warm_start=True, kmeans_tolerance=0.01).metrics(kind="episode")
+    assert starts[:2] == [None, None]  # image and text, first episode with prototypes
+    assert torch.equal(starts[2], ends[0]) and torch.equal(starts[3], ends[1])
+    drift = float((ends[2] - ends[0]).norm(dim=1).mean())
+    assert rows["clusters/image_6/drift"].iloc[2] == pytest.approx(drift) and drift > 0
+    assert rows["clusters/image_6/drift"].iloc[:2].isna().all()
+
+
+def test_rarer_readings_of_the_metrics_change_none_of_them(run):
+    often, seldom = run(), run(log_every=2)
+    every, second = (found.metrics(kind="step").reset_index(drop=True) for found in (often, seldom))
+    assert second.equals(every.iloc[::2].reset_index(drop=True)) and len(second) == 5
+    whole, same = (found.metrics(kind="episode").filter(regex="^(?!time/)") for found in (often, seldom))
+    assert same.equals(whole)
+
+
+@pytest.mark.parametrize("changes", [{}, {"prototypes": "rolling"}, {"objective": "clip"}])
+def test_a_step_whose_metrics_are_not_read_waits_for_nothing_on_the_device(run, monkeypatch, changes):
+    """Each of these operations has a value read by the host, which on a GPU waits for all work before it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reads = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+                reads.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inside, steps = [], []
+    enter, leave = training._Trainer._set_learning_rates, training.tqdm.update
+
+    def begin(self, step):
+        inside.append(Watch())
+        inside[0].__enter__()
+        return enter(self, step)
+
+    def end(self, n=1):
+        if inside:
+            inside.pop().__exit__(None, None, None)
+            steps.append(len(reads))
+        return leave(self, n)
+
+    monkeypatch.setattr(training._Trainer, "_set_learning_rates", begin)
+    monkeypatch.setattr(training.tqdm, "update", end)
+    run(**changes, log_every=5)
+    assert steps == [0] * 9, reads
+    # The watch sees what it is there to see.
+    clamp = encoders.TwoTowers.clamp_scales
+    monkeypatch.setattr(encoders.TwoTowers, "clamp_scales", lambda self: clamp(self) or self.clip.logit_scale.item())
+    run(**changes, log_every=5)
+    assert steps[9:] == [*range(1, 10)]
+
+
+def test_compiled_towers_train_as_plain_ones(run, monkeypatch):
+    compiled = []
+    real = torch.nn.Module.compile
+
+    def compile_eagerly(self):
+        compiled.append(self)
+        real(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    plain, fast = run(), run(compile=True)
+    assert len(compiled) == 1
+    np.testing.assert_allclose(fast.metrics(kind="step")["loss"], plain.metrics(kind="step")["loss"], rtol=1e-4)
+
+
+def test_waiting_for_images_is_said(run, monkeypatch, caplog):
+    monkeypatch.setattr(training, "MUCH_WAITING", -1)
+    run(objective="clip", workers=0)
+    assert "spent waiting for images: more workers (now 0)" in caplog.text
+    assert len(caplog.records) == 3
 
 
 def test_plain_clip_has_no_heads_and_no_prototypes(run):

@@ -69,14 +69,19 @@ class Pairs(Sequence):
         """The caption of one row."""
         return self._table["title"][int(index)].as_py()
 
-    def image(self, index: int) -> Image.Image:
-        """The image of one row, RGB."""
+    def image(self, index: int, at_least: int = 0) -> Image.Image:
+        """The image of one row, as :func:`read_image` gives it."""
         filepath, *place = (self._table[name][int(index)].as_py() for name in ("filepath", "_offset", "_size"))
-        return read_image(self.root, (filepath, place))
+        return read_image(self.root, (filepath, place), at_least)
 
 
-def read_image(root: Path, image: tuple[str, Sequence[int]]) -> Image.Image:
+def read_image(root: Path, image: tuple[str, Sequence[int]], at_least: int = 0) -> Image.Image:
     """The image of this name in a folder, or at this place (offset and size) of a tar: RGB, upright.
+
+    Args:
+        root: the folder or tar.
+        image: name, and place or NO_PLACE.
+        at_least: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where this leaves both sides so many pixels; 0 in full.
 
     Raises:
         OSError: it is missing or broken, or so large that Pillow takes it for a decompression bomb.
@@ -86,7 +91,10 @@ def read_image(root: Path, image: tuple[str, Sequence[int]]) -> Image.Image:
         # Opened for each image: a descriptor kept open could not be shared with worker processes.
         with open(root / name if size < 0 else root, "rb") as file:
             file.seek(max(offset, 0))
-            image = ImageOps.exif_transpose(Image.open(BytesIO(file.read(size))))
+            image = Image.open(BytesIO(file.read(size)))
+        # A square, as it is asked before the picture is set upright.
+        image.draft(None, (at_least, at_least) if at_least else None)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             # 16-bit grey: convert("RGB") would clip everything above 255 to white.
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))

@@ -151,6 +151,47 @@ def test_exif_rotation_is_applied(tmp_path):
     assert decode(tmp_path, jpeg(size=(20, 10), exif=exif)).size == (10, 20)
 
 
+def photograph(width, height, kind="JPEG", **options) -> bytes:
+    """Slow waves of colour, which a reduced decoding shows as well as the full one."""
+    x, y = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    waves = [np.sin(7 * x + 3 * y), np.cos(5 * x - 4 * y), np.sin(9 * y)]
+    data = io.BytesIO()
+    Image.fromarray((127 + 100 * np.stack(waves, axis=2)).astype(np.uint8)).save(data, kind, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("at_least", "size"),
+    [(0, (400, 304)), (305, (400, 304)), (153, (400, 304)), (152, (200, 152)), (77, (200, 152)), (76, (100, 76)), (1, (50, 38))],
+)
+def test_a_jpeg_is_reduced_as_far_as_both_sides_stay_large_enough(tmp_path, at_least, size):
+    data = photograph(400, 304, quality=95)
+    (tmp_path / "one").write_bytes(data)
+    found = read_image(tmp_path, ("one", (-1, -1)), at_least)
+    assert found.size == size and found.mode == "RGB"
+    whole = decode(tmp_path, data)
+    assert np.array_equal(np.asarray(whole), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    # The same picture, to within a few of 255: two ways of making a picture smaller.
+    difference = np.asarray(found, float) - np.asarray(whole.resize(size, Image.Resampling.BOX), float)
+    assert np.abs(difference).mean() < 2
+
+
+def test_a_reduced_jpeg_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "one").write_bytes(photograph(400, 120, quality=95, exif=exif))
+    whole = read_image(tmp_path, ("one", (-1, -1)))
+    found = read_image(tmp_path, ("one", (-1, -1)), 60)
+    assert whole.size == (120, 400) and found.size == (60, 200)
+    difference = np.asarray(found, float) - np.asarray(whole.resize((60, 200), Image.Resampling.BOX), float)
+    assert np.abs(difference).mean() < 2
+
+
+def test_what_is_no_jpeg_is_decoded_in_full(tmp_path):
+    (tmp_path / "one").write_bytes(photograph(400, 300, "PNG"))
+    assert read_image(tmp_path, ("one", (-1, -1)), 10).size == (400, 300)
+
+
 def test_where_selects_before_anything_is_counted(folder):
     rows = "0.jpg\ta\ttrain\ngone.jpg\tb\ttest\n1.jpg\tc\ttrain\n2.jpg\td\tval\n"
     table = write(folder, "filepath\ttitle\tsplit\n" + rows)

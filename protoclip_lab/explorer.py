@@ -2,7 +2,7 @@
 
 import time
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from itertools import zip_longest
@@ -47,9 +47,7 @@ def explore(
         tables = " and ".join(f"{s.run.path} has {s.pairs.source} ({len(s.pairs):,} pairs, {s.pairs.fingerprint[:4]}…)" for s in shown)
         raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
     if not _attended() if static is None else static:
-        for snapshot in shown:
-            display.display(snapshot.sheet(modality="text"))
-        return None
+        return display.display(*(snapshot.sheet(modality="text") for snapshot in shown))
     views = [View(snapshot, options) for snapshot in shown]
     for view in views:
         view.views = views
@@ -76,7 +74,7 @@ class View(VBox):
         self.modality = Dropdown(description="Map of", options={"images": "image", "texts": "text", "both": "joint"})
         self.prototype = Dropdown(description="Prototype")
         self.caption = Text(description="Find images", placeholder="a caption, then Enter", continuous_update=False)
-        self.title, self.near, self.problems = HTML(), HTML().add_class("protoclip-near"), Output()
+        self.title, self.near, problems = HTML(), HTML().add_class("protoclip-near"), Output()
         self.cards = [VBox([HTML(), Button()]).add_class("protoclip-card") for _ in range(PICTURES)]
         self._read()
         self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
@@ -88,17 +86,19 @@ class View(VBox):
 
         reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}
         reactions |= {self.prototype: self._show_prototype, self.caption: self._find}
+        # JupyterLab hides what a callback prints or raises: here it stands under the controls.
+        reporting = problems.capture(clear_output=True)
         for control, react in reactions.items():
-            control.observe(self._reporting(react), "value")
-        self.scatter.widget.observe(self._reporting(self._show_selected), "selection")
+            control.observe(reporting(react), "value")
+        self.scatter.widget.observe(reporting(self._show_selected), "selection")
         for place, card in enumerate(self.cards):
-            card.children[1].on_click(self._reporting(lambda _, place=place: self._share([self.rows[place]], "1 sample picked")))
+            card.children[1].on_click(reporting(lambda _, place=place: self._share([self.rows[place]], "1 sample picked")))
 
         wrap, half = {"flex_flow": "row wrap"}, {"flex": "1 1 400px", "min_width": "0"}
         found = VBox([self.title, Box(self.cards, layout=wrap), self.near], layout=half)
         seen = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
         heading = HTML(f"<b>{escape(snapshot.run.path.name)}</b>")
-        super().__init__([heading, Box([*reactions], layout=wrap), self.problems, seen], layout=half)
+        super().__init__([heading, Box([*reactions], layout=wrap), problems, seen], layout=half)
 
     def show(self, rows: Sequence[int], title: str, source: Any = None) -> None:
         """Show samples on the map and the first as pictures with captions; of a single one, what lies near it."""
@@ -120,10 +120,6 @@ class View(VBox):
     def _share(self, rows: Sequence[int], title: str, source: Any = None) -> None:
         for view in self.views:
             view.show(rows, title, source)
-
-    def _reporting(self, react: Callable) -> Callable:
-        """JupyterLab hides what a callback prints or raises: here it stands under the controls."""
-        return self.problems.capture(clear_output=True)(react)
 
     def _open(self, _: Any) -> None:
         self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=self.checkpoint.value, **self.options)
@@ -192,7 +188,7 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self._shown, self._next = None, 0.0
+        self._place, self._shown, self._next = display.DisplayHandle().display_id, False, 0.0
 
     def __call__(self, run: Run) -> None:
         """Draw anew, unless that was done just now: a fiftieth of the time is spent on it, however long the run."""
@@ -205,10 +201,8 @@ class Live:
         """Losses, prototype accuracies and gap so far, shown in the figure's place."""
         config = run.config
         figure = plots.training_curves(run.metrics(), config.infonce_warmup_episodes, config.lit_start_episode)
-        if self._shown is None:
-            self._shown = display.display(figure, display_id=True)
-        else:
-            self._shown.update(figure)
+        display.display(figure, display_id=self._place, update=self._shown)
+        self._shown = True
         return figure
 
 

@@ -14,28 +14,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from protoclip_lab import randomness
 from protoclip_lab.config import require
 
-# Okabe and Ito's colours, told apart with every common colour vision; the palest last.
-HUES = {"blue": "#0072B2", "red": "#D55E00", "green": "#009E73", "pink": "#CC79A7"}
-HUES |= {"orange": "#E69F00", "purple": "#56B4E9", "black": "#000000", "yellow": "#F0E442"}
+# Colours, matplotlib's settings for a notebook and for a paper, and what methods of maps are called: see the file.
+LOOK: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text("utf-8"))
+HUES, METHODS = LOOK["hues"], LOOK["methods"]
 PALETTE = tuple(HUES.values())
 LOOKS = [{"c": colour, "marker": marker} for marker in "o^s" for colour in PALETTE]
+LINES = matplotlib.cycler(color=PALETTE[:7] * 4, linestyle=("-", "--", "-.", ":") * 7)
 GREY, OTHERS = "#555555", {"c": "#CCCCCC", "zorder": 0}
-SIZES = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "figure.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}
-STYLE = {"figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False, "figure.titlesize": 11, **SIZES}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}  # a caption may hold dollar signs
-NOTEBOOK = STYLE | {"figure.figsize": (9.0, 4.8)}
-PAPER = STYLE | dict.fromkeys([*SIZES, "figure.titlesize", "axes.labelsize"], 7) | {"figure.figsize": (3.35, 3.2), "figure.dpi": 250}
 MAX_POINTS = 20_000  # of a map
-METHODS = {
-    "umap": "UMAP from PCA, cosine distance, 15 neighbours, minimum distance 0.1",
-    "tsne": "t-SNE, cosine distance, perplexity 30 or fewer",
-    "pca": "first two principal components",
-}
 
 
 class _Figure(Figure):
@@ -64,7 +56,7 @@ class Animation(bytes):
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(draw)
     def drawn(*args: Any, paper: bool = False, **options: Any) -> Figure:
-        with matplotlib.rc_context(PAPER if paper else NOTEBOOK):
+        with matplotlib.rc_context(LOOK["paper" if paper else "notebook"] | {"axes.prop_cycle": LINES}):
             figure = draw(*args, **options)
         figure.paper = paper
         return figure
@@ -134,7 +126,7 @@ def joint_map(xy: np.ndarray, is_text: Sequence, *, gap: float | None = None, li
     groups = [("image", ~is_text, LOOKS[0]), ("text", is_text, LOOKS[len(PALETTE) + 1])]
     title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
     figure, (axes,) = _maps({title: (xy, groups)}, method, seed, f"{len(drawn)} of {len(pairs):,} pairs joined by a line · ")
-    axes.plot(*xy[drawn].T, color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
+    axes.plot(*xy[drawn].T, "-", color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
     if gap is not None:
         ends = [np.nanmean(xy[rows], axis=0) for rows in (images, texts)]
         axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "<->", "linewidth": 2, "shrinkA": 0, "shrinkB": 0})
@@ -167,14 +159,12 @@ def cluster_map(xy: Any, labels: Any, *, names: Sequence | None = None, title: s
     return figure
 
 
-def moving_map(
-    maps: Mapping[str, np.ndarray], labels: Sequence, *, title: str = "", method="umap", seed=0, steps: int = 8
-) -> Animation:
+def moving_map(maps: Mapping[str, Any], labels: Sequence, *, title: str = "", method="umap", seed=0, steps: int = 8) -> Animation:
     """An animation from map to map, each (n, 2) under its name, coloured as by :func:`cluster_map`."""
     from PIL import Image
 
     groups, names, places, frames = _groups(labels, None), list(maps), np.stack([*maps.values()]), []
-    with matplotlib.rc_context(NOTEBOOK | {"figure.figsize": (6.5, 4.2)}):
+    with matplotlib.rc_context(LOOK["notebook"] | {"figure.figsize": (6.5, 4.2)}):
         figure, (axes,) = _maps({names[0]: (places[0], groups)}, method, seed)
         figure.suptitle(title)
     axes.update_datalim(places[np.isfinite(places).all(axis=2)])
@@ -197,23 +187,21 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
     """One row per prototype: the samples nearest to it with their captions.
 
     Args:
-        images: for each prototype its nearest images (PIL or (H, W, 3)); none for an empty one. None leaves a place free.
+        images: for each prototype its nearest images (PIL or (H, W, 3)). None leaves a place free.
         captions: for each prototype the captions of those images.
         names: for each prototype what stands left of its row, in lines.
         headings: what stands above the columns, by the column where it begins.
     """
-    width, longest = matplotlib.rcParams["figure.figsize"][0], max([[0], *images], key=len)
-    widths = np.array([0.3 if image is None else 1 for image in longest])
+    width = matplotlib.rcParams["figure.figsize"][0]
+    widths = np.array([0.3 if image is None else 1 for image in max(images, key=len)])
     cell = 0.84 * width / widths.sum()
     names = ["\n".join(textwrap.fill(_legible(line), 24) for line in name.split("\n")) for name in names]
-    heights = [max(cell + 0.4, 0.13 * name.count("\n") + 0.3) if len(row) else 0.5 for row, name in zip(images, names, strict=True)]
+    heights = [max(cell + 0.4, 0.13 * name.count("\n") + 0.3) for name in names]
     figure = _Figure(figsize=(width, sum(heights) + 0.3))
     shape = {"squeeze": False, "height_ratios": heights, "width_ratios": [0.16 * width, *(cell * widths)]}
     grid = figure.subplots(len(images), len(widths) + 1, subplot_kw={"frame_on": False, "xticks": [], "yticks": []}, **shape)
     for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
         axes[0].text(1, 1, name, ha="right", va="top", fontsize=7, transform=axes[0].transAxes)
-        if not len(row):
-            axes[1].text(0, 0.5, "no members", va="center", color=GREY, transform=axes[1].transAxes)
         for place, image, text in zip(axes[1:], row, texts, strict=False):
             if image is not None:
                 place.imshow(image)
@@ -228,10 +216,9 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
 def cluster_sizes(sizes: Mapping[str, np.ndarray]) -> Figure:
     """Members of each cluster, largest first, a line for each grouping: by name (K,). Empty clusters are counted."""
     figure, (axes,) = _panels(1, 3.2)
-    for i, (name, counts) in enumerate(sizes.items()):
+    for name, counts in sizes.items():
         label = f"{name}: {len(counts)} clusters, {(counts == 0).sum()} empty, median {np.median(counts):g}, largest {counts.max()}"
-        look = {"color": PALETTE[i % 7], "linestyle": ("-", "--", "-.", ":")[i % 4], "label": label}
-        axes.step(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], where="mid", **look)
+        axes.step(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], where="mid", label=label)
     axes.set(title="Cluster sizes", xlabel="clusters by size", ylabel="members", ylim=(0, None))
     axes.legend()
     return figure
@@ -300,8 +287,7 @@ def gap_sweep(table: pd.DataFrame, **options: Any) -> Figure:
         table: rows of ``Run.evaluations()`` of one checkpoint; those whose measure is ``gap_sweep_NAME@SHARE`` are drawn.
     """
     x = "share of the gap closed"
-    swept = table.assign(**{x: table["measure"].str.rpartition("@")[2], "name": table["measure"].str.extract(r"^gap_sweep_(.+)@")})
-    swept = swept.dropna(subset="name").astype({x: float})
+    swept = table["measure"].str.extract(r"^gap_sweep_(.+)@(.+)").set_axis(["name", x], axis=1).dropna().astype({x: float}).join(table)
     kinds = {"value": "", "low": "/low", "high": "/high"}
     parts = [swept.pivot(index=["dataset", x], columns="name", values=kind).add_suffix(kinds[kind]) for kind in kinds]
     return progress_curves(pd.concat(parts, axis=1).reset_index(), swept["name"].unique(), x=x, by="dataset", marks=[0], **options)
@@ -325,10 +311,8 @@ def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_
     for panel, (rows, kind) in panels.items():
         own = rows[["step", *(name for name in rows if name.startswith(kind))]]
         parts.append(own.rename(columns=lambda name: name.rpartition("/")[2].replace("_", " ")).melt("step", None, "run", panel))
-    table = pd.concat(parts)
-    return progress_curves(
-        table, [p for p in panels if table[p].notna().any()], x="step", stages=stages, marks=ends.iloc[:-1], **options
-    )
+    table = pd.concat(parts).dropna(axis=1, how="all")
+    return progress_curves(table, table.columns.drop(["step", "run"]), x="step", stages=stages, marks=ends.iloc[:-1], **options)
 
 
 @_styled
@@ -346,51 +330,25 @@ def progress_curves(
         stages: stretches of x to shade, by name.
         marks: where on x a thin line stands.
     """
-    runs = list(dict.fromkeys(table[by])) if by in table else [None]
+    table = table if by in table else table.assign(**{by: ""})
     figure, panels = _panels(len(columns))
     for axes, column in zip(panels, columns, strict=True):
-        for i, run in enumerate(runs):
-            line = (table if run is None else table[table[by] == run]).dropna(subset=column).sort_values(x)
-            look = {"color": PALETTE[i % 7], "linestyle": ("-", "--", "-.", ":")[i % 4], "marker": "o" if len(line) < 50 else ""}
-            axes.plot(line[x], line[column], markersize=3, linewidth=1.2, label=None if run is None else str(run), **look)
+        for run, rows in table.groupby(by, sort=False):
+            line = rows.dropna(subset=column).sort_values(x)
+            (drawn,) = axes.plot(
+                line[x], line[column], marker="o" if len(line) < 50 else "", markersize=3, linewidth=1.2, label=str(run)
+            )
             if f"{column}/low" in line:
-                axes.fill_between(line[x], line[f"{column}/low"], line[f"{column}/high"], color=look["color"], alpha=0.15, linewidth=0)
+                ends = line[f"{column}/low"], line[f"{column}/high"]
+                axes.fill_between(line[x], *ends, color=drawn.get_color(), alpha=0.15, linewidth=0)
         for stage, colour in zip(stages or {}, PALETTE[4:], strict=False):
             axes.axvspan(*stages[stage], color=colour, alpha=0.2, linewidth=0, label=stage)
         for mark in marks if len(marks) < 50 else ():
             axes.axvline(mark, color=OTHERS["c"], linewidth=0.5, zorder=0)
-        if not table[column].notna().any():
-            axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
         axes.locator_params("x", integer=True)
     if known := panels[0].get_legend_handles_labels()[0]:
         figure.legend(handles=known, loc="outside upper center", ncols=4 if figure.get_figwidth() > 5 else 2)
-    return figure
-
-
-@_styled
-def comparison(table: pd.DataFrame, measures: Sequence[str] | None = None, *, by: str = "arm") -> Figure:
-    """Arms side by side, a panel for each measure: mean ± standard deviation over seeds, and each seed as a dot.
-
-    Args:
-        table: a row per run with its arm in column ``by``.
-        measures: columns to draw; None draws all numeric ones but ``seed``.
-    """
-    measures = [name for name in table.select_dtypes("number") if name not in (by, "seed")] if measures is None else measures
-    arms = list(dict.fromkeys(table[by]))
-    figure, panels = _panels(len(measures), height=0.9 + 0.4 * len(arms), sharey=True)
-    for axes, measure in zip(panels, measures, strict=True):
-        for arm, found in table.dropna(subset=[measure]).groupby(by, sort=False)[measure]:
-            i, values = arms.index(arm), found.to_numpy(dtype=float)
-            mean, spread = values.mean(), values.std(ddof=1) if len(values) > 1 else None
-            axes.errorbar(mean, i, xerr=spread, fmt="o", color=PALETTE[i % 7], capsize=3)
-            axes.scatter(values, np.full(len(values), i + 0.2), s=8, color=PALETTE[i % 7], alpha=0.6, linewidths=0)
-            digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
-            text = f"{mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
-            axes.annotate(text, (mean, i), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        axes.set(title=measure.replace("_", " "), xmargin=0.35, ylim=(len(arms) - 0.4, -0.7))
-        axes.set_yticks(range(len(arms)), [f"{arm} (n = {(table[by] == arm).sum()})" for arm in arms])
-    _below(figure, "mean ± standard deviation where there are several seeds; small dots are single runs")
     return figure
 
 
@@ -427,7 +385,7 @@ def _maps(maps: Mapping[str, tuple], method: str, seed: int, note: str = "", *, 
     figure, grid = _panels(len(maps), 2.6 if common else min(height, 3.9) if others else height, sharex=common, sharey=common)
     points = int(np.isfinite(xy).all(axis=1).sum())
     made = f"{points:,} points" + (f" of {len(xy):,}, stratified" if points < len(xy) else "") + f" · {METHODS[method]}"
-    _below(figure, note + made + ("" if method == "pca" else f", seed {seed}"))
+    figure.supxlabel(textwrap.fill(note + made + ("" if method == "pca" else f", seed {seed}"), int(width * 18)), color=GREY)
     size = np.clip(20000 / max(points, 1), 4, 30) * (0.4 if others or width < 5 else 1)
     for axes, (title, (xy, groups)) in zip(grid, maps.items(), strict=True):
         axes.set(title=title, xticks=[], yticks=[])
@@ -455,10 +413,6 @@ def _panels(count: int, height: float = 2.5, **shared) -> tuple[Figure, list]:
     for spare in grid[count:]:
         spare.remove()
     return figure, list(grid[:count])
-
-
-def _below(figure: Figure, text: str) -> None:
-    figure.supxlabel(textwrap.fill(text, int(figure.get_figwidth() * 18)), color=GREY)
 
 
 def _name(axes: Any, text: str, place: Sequence[float], colour: str) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.sparse import csr_array
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,8 +47,8 @@ class Snapshot:
     rows: np.ndarray
     features: encoders.Outputs
     seed: int
-    method: str
-    labels: Sequence[str]
+    method: str = "umap"
+    labels: Sequence[str] = ()
     paper: bool = False
     _found: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)  # by prototypes(), which takes its time
 
@@ -68,8 +68,7 @@ class Snapshot:
         found, known = self.run.checkpoints(), {self.checkpoint.name: self}
         chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, MOMENTS).round().astype(int))]
         for checkpoint in tqdm([c for c in chosen if c.name not in known], desc="checkpoints", mininterval=2):
-            features = _encode(checkpoint, self.pairs, self.rows)
-            known[checkpoint.name] = replace(self, checkpoint=checkpoint, features=features)
+            known[checkpoint.name] = replace(self, checkpoint=checkpoint, features=_encode(checkpoint, self.pairs, self.rows))
         return {re.sub(r"_0*(?=\d)|_", " ", name): then for name, then in sorted(known.items())}
 
     def _record(self, of: str) -> prototypes.Prototypes | None:
@@ -100,8 +99,7 @@ class Snapshot:
                 # The nearest occupied one: the place of an empty cluster means nothing.
                 labels = replace(record, teacher_centroids=centroids).labels_of(slice(None), features)
             else:
-                made = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
-                labels, centroids = made.labels, made.centroids
+                labels, centroids, *_ = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
             self._found[of] = labels.numpy(), centroids, features
         return self._found[of]
 
@@ -118,8 +116,13 @@ class Snapshot:
     @cached_property
     def agreement(self) -> pd.DataFrame:
         """AMI of each two of the groupings."""
-        found = self.groupings
-        return pd.DataFrame({a: {b: evaluation.agreement(found[a], found[b])["AMI"] for b in found} for a in found})
+        return pd.DataFrame({name: self.agreement_with(name) for name in self.groupings})
+
+    def agreement_with(self, name: str) -> pd.Series:
+        """AMI of each of the groupings with one of them."""
+        from sklearn.metrics import adjusted_mutual_info_score
+
+        return pd.Series({other: adjusted_mutual_info_score(found, self.groupings[name]) for other, found in self.groupings.items()})
 
     @property
     def overlap(self) -> pd.DataFrame:
@@ -143,11 +146,9 @@ class Snapshot:
         """
         joint, n = modality == "joint", len(self.rows)
         parts = [self.features.image, self.features.text] if joint else [getattr(self.features, f"{modality}_projection")]
-        kept, most = np.arange(n), plots.MAX_POINTS // len(parts)
-        if like is not None:
-            kept = np.flatnonzero(np.isfinite(like[:, 0]))
-        elif n > most:
-            kept = plots.stratified(self.groupings[next(iter(self.labels), "image")], most, seed=self.seed)
+        most = plots.MAX_POINTS // len(parts)
+        groups = self.groupings[next(iter(self.labels), "image")] if n > most else self.rows
+        kept = plots.stratified(groups, most, seed=self.seed) if like is None else np.flatnonzero(np.isfinite(like[:, 0]))
         given = {"features": torch.cat([part[kept] for part in parts]).numpy(), "like": None if like is None else like[kept]}
         about = f"{self.method} {self.seed} {plots.METHODS.get(self.method)} {given['features'].shape}"
         key = hashlib.sha256(about.encode() + b"".join(array.tobytes() for array in given.values() if array is not None))
@@ -217,19 +218,17 @@ class Snapshot:
         record, other = self._record(modality), {"image": "text", "text": "image"}[modality]
         twin = next((r.centroids for r in self.records if (r.teacher, r.student) == (record.teacher, other)), None)
         headings = {f"nearest {modality}s": 0} | ({} if twin is None else {f"{other}s nearest to its twin": nearest + 1})
-        images, captions, about = [], [], []
+        rows = []
         for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]:
             members = np.flatnonzero(assigned == chosen)
             shown = [*members[by_distance(features[members], centroids[chosen])][:nearest]]
             if twin is not None:
                 shown += [None, *by_distance(self.prototypes(other)[2], twin[chosen])[: nearest - 1]]
-            pairs = [(None, "") if i is None else self.pairs[self.rows[i]] for i in shown]
-            images.append([image for image, _ in pairs])
-            captions.append([caption for _, caption in pairs])
+            images, captions = map(list, zip(*((None, "") if i is None else self.pairs[self.rows[i]] for i in shown), strict=True))
             shares = [pd.Series(self.label(label)[members]).value_counts(normalize=True) for label in self.labels]
             purity = [f"{share.iloc[0]:.0%} {share.index[0]}" for share in shares]
-            about.append("\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity]))
-        return plots.prototype_sheet(images, captions, about, headings=headings, paper=self.paper)
+            rows.append((images, captions, "\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity])))
+        return plots.prototype_sheet(*zip(*rows, strict=True), headings=headings, paper=self.paper)
 
     def soft_targets(self, teacher: str = "text", student: str = "image", samples: int = 6) -> Figure:
         """For some samples, the soft target of this teacher, or else the first there is, and the student's distribution."""
@@ -238,8 +237,8 @@ class Snapshot:
         if record is None:
             return plots.soft_targets([], [], [], [], [], paper=self.paper)
         chosen, config = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples], self.run.config
-        given = {name: t.temperature for name, t in zip(config.teacher_names(), config.teachers, strict=True)}
-        temperature = given.get(record.teacher, config.temperature)
+        # The internal teachers' is the run's own.
+        temperature = dict(zip(config.teacher_names(), config.teachers, strict=True)).get(record.teacher, config).temperature
         T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
         p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
@@ -251,23 +250,15 @@ class Snapshot:
 
 
 def open_snapshot(
-    run: str | Path,
-    *,
-    checkpoint: str | Path = "",
-    samples: int = 1000,
-    seed: int = 0,
-    method: str = "umap",
-    labels: Sequence[str] = (),
-    paper: bool = False,
-    output: str | Path = "",
+    run: str | Path, *, checkpoint: str | Path = "", samples: int = 1000, seed: int = 0, output: str | Path = "", **look: Any
 ) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
 
     Args:
         checkpoint: a checkpoint folder; empty takes the run's latest.
         samples: number of pairs, drawn at random from ``seed``; all where the table has fewer.
-        method, labels, paper: kept for the pictures.
         output: not used here: where 04 keeps its pictures.
+        look: method, labels and paper of :class:`Snapshot`, for the pictures.
 
     Raises:
         FileNotFoundError: no such run, or it has no checkpoint yet.
@@ -276,7 +267,7 @@ def open_snapshot(
     checkpoint = run.checkpoint(checkpoint)
     pairs = runs.pairs_of(run)
     rows = np.sort(randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
-    return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, method, labels, paper)
+    return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, **look)
 
 
 def typical_words(captions: Sequence[str], labels: Sequence[int], k: int, words: int = 3) -> list[str]:
@@ -287,20 +278,13 @@ def typical_words(captions: Sequence[str], labels: Sequence[int], k: int, words:
 
     Source: Grootendorst, "BERTopic" (arXiv 2203.05794).
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    vectorizer = CountVectorizer(stop_words=FUNCTION_WORDS)
-    members = csr_array((np.ones(len(captions)), (labels, np.arange(len(captions)))), shape=(k, len(captions)))
-    try:
-        counts = members @ vectorizer.fit_transform(captions)
-    except ValueError:  # there is no word in any caption
-        return [""] * k
-    lengths = counts.sum(axis=1)
-    weights = csr_array(counts.multiply(np.log1p(lengths[lengths > 0].mean() / counts.sum(axis=0))))
-    weights.sort_indices()
-    vocabulary, borders = vectorizer.get_feature_names_out(), weights.indptr[1:-1]
-    groups = zip(np.split(weights.indices, borders), np.split(weights.data, borders), strict=True)
-    return [" ".join(vocabulary[found[np.argsort(-weight, kind="stable")[:words]]]) for found, weight in groups]
+    found = [re.findall(r"\b\w\w+\b", caption.lower()) for caption in captions]
+    table = pd.DataFrame({"group": labels, "word": found}).explode("word")
+    counts = table[~table["word"].isin(FUNCTION_WORDS)].groupby(["group", "word"]).size()
+    length = counts.groupby("group").sum().mean()
+    weights = counts * np.log1p(length / counts.groupby("word").transform("sum"))
+    typical = weights.sort_values(ascending=False, kind="stable").groupby("group").head(words).reset_index()
+    return typical.groupby("group")["word"].agg(" ".join).reindex(range(k), fill_value="").tolist()
 
 
 def history(snapshot: Snapshot) -> pd.DataFrame:
@@ -311,7 +295,7 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     """
     rows = []
     for name, then in snapshot.through.items():
-        agreement = then.agreement["image"].drop("image").add_prefix("AMI of image groups and ")
+        agreement = then.agreement_with("image").drop("image").add_prefix("AMI of image groups and ")
         # Before the first prototypes there are only the clusters of the sample, of another number.
         agreement = agreement if bool(then.records) == bool(snapshot.records) else {}
         rows.append({"episode": int(name.split()[1]), "gap": then.gap["gap"], **agreement})

@@ -35,7 +35,7 @@ def test_no_arm_has_solved_the_world(runs):
 
 def test_report_shows_pictures_and_pages_that_are_there(runs):
     page = (REPORT / "index.html").read_text("utf-8")
-    for name in ("joint", "map_prototypes", "prototypes", "through_training", "comparison"):
+    for name in ("joint", "map_prototypes", "prototypes", "through_training"):
         assert f"figures/{name}.png" in page
     linked = [urllib.parse.unquote(link) for link in re.findall(r'href="([^"#]+)"', page)]
     assert sum(link.endswith(".html") for link in linked) >= 9

@@ -43,8 +43,7 @@ def linear_probe(
         ValueError: shapes that do not fit, naming both; NaN or Inf; an unknown scaling.
     """
     require(scaling in ("standardise", "l2"), f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
-    x, y, classes, test_x = _checked(train_x, train_y, test_x, normalise=scaling == "l2")
-    test_y = as_labels(test_y, len(test_x), "test_y")
+    x, y, classes, test_x, test_y = _checked(train_x, train_y, test_x, test_y, normalise=scaling == "l2")
     if x.numel() <= DOUBLE_ELEMENTS:
         x, test_x = x.double(), test_x.double()
     if scaling == "standardise":
@@ -72,20 +71,19 @@ def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, dr
     Of classes with as many votes the first in sorted order wins. Shapes, errors, draws and seed as
     :func:`linear_probe`. Returns "accuracy" and "mean_per_class", percent.
     """
-    x, y, classes, test_x = _checked(train_x, train_y, test_x, normalise=True)
-    test_y = as_labels(test_y, len(test_x), "test_y")
+    x, y, classes, test_x, test_y = _checked(train_x, train_y, test_x, test_y, normalise=True)
     nearest = [(block @ x.T).topk(min(k, len(x)), dim=1).indices for block in test_x.split(max(1, BLOCK_ELEMENTS // len(x)))]
     predicted = classes[y[torch.cat(nearest)].cpu().mode(dim=1).values.numpy()]
     return accuracy({"accuracy": predicted == test_y}, test_y, draws, seed)
 
 
-def _checked(train_x: Any, train_y: Any, test_x: Any, *, normalise: bool = False) -> tuple[Tensor, Tensor, np.ndarray, Tensor]:
-    """Features of train, its classes' numbers, the classes, and features of test, on a GPU where there is one."""
+def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, normalise: bool) -> tuple:
+    """Features of train, its classes' numbers, the classes, features of test, on a GPU where there is one, and labels of test."""
     given = {"train_x": train_x, "test_x": test_x}
     train_x, test_x = (as_features(x, name, normalise=normalise).to(best_device()) for name, x in given.items())
     require(train_x.shape[1] == test_x.shape[1], f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} do not fit")
     classes, y = np.unique(as_labels(train_y, len(train_x), "train_y"), return_inverse=True)
-    return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x
+    return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x, as_labels(test_y, len(test_x), "test_y")
 
 
 def _logits(x: Tensor, weights: Tensor) -> Tensor:

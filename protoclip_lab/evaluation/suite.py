@@ -113,11 +113,10 @@ def evaluate(
     for given in sets:
         excused = Exception if given.root else FileNotFoundError  # a reader may raise anything on broken files
         try:
-            tests, train = _opened(given, folder / "sets")
+            parts = _opened(given, folder / "sets")
+            todo += [(name, given, *parts) for name in given.measures or MEASURES if name in (measures or MEASURES)]
         except excused as error:
             log.warning("evaluation set %s is left out: %s: %s", given.name, type(error).__name__, error)
-        else:
-            todo += [(name, given, tests, train) for name in given.measures or MEASURES if name in (measures or MEASURES)]
     (folder / "features").mkdir(parents=True, exist_ok=True)
     features = partial(_encoded, model, encoders.fingerprint(model), folder / "features", batch_size, workers)
     options = {"features": features, "records": records, "scaling": scaling, "seed": seed, "draws": draws}
@@ -185,11 +184,9 @@ def _measured(
     if measure in ("retrieval", "gap", "gap_sweep") and isinstance(test.images, PairImages):
         image, text = features(test.images)["0"], features(test.images.pairs.captions)["0"]
         rank = partial(ranking.retrieval, image_of_caption=test.images.image_of_caption, **options)
-        if measure == "retrieval":
-            return rank(image, text)
-        if measure == "gap":
-            return gap.modality_gap(image, text, **rank.keywords) | gap.separability(image, text, **rank.keywords)
-        found = gap.gap_sweep(image, text, rank)
+        ways = {"retrieval": rank, "gap_sweep": partial(gap.gap_sweep, measure=rank)}
+        ways["gap"] = lambda *both: gap.modality_gap(*both, **rank.keywords) | gap.separability(*both, **rank.keywords)
+        found = ways[measure](image, text)
     if measure in ("retrieval", "gap") or not test.classes or (measure in ("linear_probe", "knn") and train is None):
         return found
     z, h, labels = _readable(test, features, given.name)
@@ -229,8 +226,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
         ValueError: it was trained on something else.
     """
     table = Path(pairs_of(run).source)
-    drawn = table.with_name("shapes.json").exists()
-    require(drawn, f"{run.path} was not trained on the shapes world: name what to evaluate on, and its data_root")
+    require(table.with_name("shapes.json").exists(), f"{run.path} was not trained on the shapes world: name what to evaluate on")
     world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
     factors = [{"name": f, "label": f, "templates": f"shapes/{f}", **world, **train} for f in shapes.FACTORS]
@@ -266,15 +262,13 @@ def evaluate_checkpoint(
     source = run.checkpoint("" if home == path else path) if run else checkpoint
     require(run or output, f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
     chosen = _chosen(run, datasets, data_root, sets, **options)
-    output = Path(output or home)
-    home = home if run else output
+    output, home = Path(output or home), home if run else Path(output)
     model = encoders.load(source).to(encoders.best_device())
     rows = evaluate(model, chosen, home, records=prototypes.load(source) if run else [], **options)
     require(rows, f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
-    kept = record_evaluations(home, rows)
     output.mkdir(parents=True, exist_ok=True)
-    kept.to_csv(output / "evaluation.csv", index=False)
+    record_evaluations(home, rows).to_csv(output / "evaluation.csv", index=False)
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))
 
 

@@ -1,14 +1,15 @@
-# make demo · test · lint · lab · notebooks. Each sets up .venv when it has to; PY=python takes the active environment.
+# make demo · test · lint · bench · lab · notebooks. Each sets up .venv when it has to; PY=python takes the active environment.
 PYTHON ?= python3
 PY ?= .venv/bin/python
 ready := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 
-.PHONY: help demo test lint lab notebooks
+.PHONY: help demo test lint bench lab notebooks
 
 help:
 	@echo "make demo       CLIP and ProtoCLIP on drawn shapes: data, teacher, training, evaluation, comparison"
 	@echo "make test       the tests"
 	@echo "make lint       ruff over code and notebooks"
+	@echo "make bench      what ProtoCLIP costs beside CLIP, measured: reports/benchmarks/table.md"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make notebooks  write the settings of TrainConfig into the parameters cell of notebook 03"
 
@@ -22,6 +23,9 @@ lint: $(ready)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+bench: $(ready)
+	$(PY) -m tests.bench
+
 lab: $(ready)
 	$(PY) -m jupyterlab notebooks
 
@@ -33,5 +37,5 @@ notebooks: $(ready)
 	@command -v $(PYTHON) > /dev/null || { echo "no $(PYTHON) here: install Python 3.10 or later, or make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("$(PYTHON) is Python %d.%d; 3.10 or later is needed: make PYTHON=python3.12" % v[:2])'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --editable '.[demo,test]'
+	.venv/bin/python -m pip install --editable '.[bench,demo,test]'
 	touch $@

@@ -119,10 +119,7 @@ class TrainConfig(Settings):
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
-    extraction_share: float = Field(
-        1.0, gt=0, le=1, description="part of an episode that is clustered; the rest is labelled on the fly"
-    )
-    cluster_every: float = Field(1, gt=0, description="episodes between clusterings; a fraction needs rolling prototypes")
+    cluster_every: int = Field(1, ge=1, description="episodes between clusterings; between them labels are on the fly")
 
     # --- optimisation
     batch_size: int = Field(64, ge=2, description="pairs in a forward pass")
@@ -153,8 +150,6 @@ class TrainConfig(Settings):
         for k in self.teacher_ks().values():
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
-        whole = self.prototypes == "rolling" or self.cluster_every % 1 == 0
-        require(whole, f"cluster_every = {self.cluster_every} needs prototypes = 'rolling'; the nearest valid value is 1")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")

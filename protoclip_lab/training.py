@@ -113,11 +113,11 @@ class _Trainer:
         self.steps = size // self.width
         self.teachers, self.external = self._teachers()
         self.records: list[prototypes.Prototypes] = []
-        # Rolling prototypes: h_I, h_T and row of the last samples that were learnt, as many as an episode's steps hold.
+        # Rolling prototypes are made of h_I and h_T as the steps of the episode before left them here.
         self.buffer: dict[str, Tensor] = {}
         if self.teachers and config.prototypes == "rolling":
-            none = torch.zeros(self.steps * self.width, config.projection_dim, device=self.device)
-            self.buffer = {"image": none, "text": none.clone(), "row": torch.zeros(len(none), dtype=torch.int64)}
+            shape = self.steps * self.width, config.projection_dim
+            self.buffer = {name: torch.zeros(shape, device=self.device) for name in prototypes.STUDENTS}
         self.unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # metrics of steps that are still on the device
         self.step, self.interrupted, checkpoint = 0, 0, run.latest  # steps done in all; the next one when asked to stop
         # A resumed run takes towers, transform and tokenizer from its checkpoint, and fetches no pretrained weights.
@@ -188,34 +188,32 @@ class _Trainer:
     def _episode(self, episode: int) -> None:
         config = self.config
         drawn, self.visit = divmod(episode - 1, config.visits)
-        self.ids, self.places = self.episodes.ids(drawn + 1), np.arange(self.episodes.size)
-        if self.visit:
-            # The same pairs in other batches.
-            order = numpy_generator(config.seed, "visit", episode).permutation(self.steps * self.width)
-            self.ids = self.ids[order]
-            if self.buffer:
-                self.places = order  # where the clustered sample lies that is learnt now
-        lit = config.lit_start_episode is not None and episode >= config.lit_start_episode
-        if lit:
+        self.ids = self.episodes.ids(drawn + 1)
+        if self.visit or self.buffer:
+            self.ids = self.ids[: self.steps * self.width]
+        # Of each pair in the order it is learnt, its place in the order of what was clustered.
+        self.places = np.arange(len(self.ids))
+        if self.visit:  # the same pairs in other batches
+            order = numpy_generator(config.seed, "visit", episode).permutation(len(self.ids))
+            self.ids, self.places = self.ids[order], order if self.buffer else self.places
+        if episode >= (config.lit_start_episode or math.inf):
             self.bare.clip.visual.requires_grad_(False)
-        teaching = config.objective == "protoclip" and episode > config.infonce_warmup_episodes and not lit
-        carried = bool(self.records and (self.buffer or (episode - config.infonce_warmup_episodes - 1) % config.cluster_every))
-        # Not where they are carried over, or were made before this episode was interrupted.
-        if teaching and not carried and not self.step % self.steps:
+        teaching, fresh = self._teaching(episode)
+        # Not where rolling prototypes are there, or this episode was interrupted after its own were made.
+        if teaching and not (self.records and (self.buffer or not fresh)) and not self.step % self.steps:
             with self._timed("extract"):
                 features = self._extract(episode)
             with self._timed("cluster"):
                 self._construct(features)
-            for name in self.buffer:
-                # No warm-up has filled it.
-                self.buffer[name][:] = (features | {"row": torch.from_numpy(self.ids)})[name][: self.steps * self.width]
-        # Stored labels are of this episode's samples if all of them were clustered.
-        on_the_fly = not self.visit if self.buffer else carried or config.extraction_share < 1
-        self.records = [replace(record, carried=on_the_fly) for record in self.records]
+        # Those made of other pairs find labels on the fly.
+        carried = not self.visit if self.buffer else not fresh
+        self.records = [replace(record, carried=carried) for record in self.records]
         with self._timed("learn"):
             self._learn(episode, teaching)
-        if self.buffer:
-            self.row["time/learn"] -= self.row["time/cluster"]  # which went on within it
+        if self.buffer and all(self._teaching(episode + 1)):
+            with self._timed("cluster"):
+                external = {name: self._stored(name, self.ids[np.argsort(self.places)]) for name in self.external}
+                self._construct(self.buffer | external)
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
@@ -235,15 +233,20 @@ class _Trainer:
         if episode % config.save_every == 0 or episode == config.episodes:
             self.run.save(checkpoint_name(episode), self._write)
 
+    def _teaching(self, episode: int) -> tuple[bool, bool]:
+        """Whether prototypes teach in an episode, and whether they are new ones."""
+        since = episode - self.config.infonce_warmup_episodes - 1
+        teaching = self.teachers and since >= 0 and episode < (self.config.lit_start_episode or math.inf)
+        return bool(teaching), since % self.config.cluster_every == 0
+
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
         self.model.eval()
-        ids = self.ids[: math.ceil(self.config.extraction_share * len(self.ids))]
-        stretches = np.split(ids, range(self.config.batch_size, len(ids), self.config.batch_size))
+        stretches = np.split(self.ids, range(self.config.batch_size, len(self.ids), self.config.batch_size))
         batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
         # Of the four outputs the last two, h_I and h_T.
         image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
-        return {"image": image, "text": text} | {name: self._stored(name, ids) for name in self.external}
+        return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
 
     def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
@@ -296,11 +299,8 @@ class _Trainer:
             if step % self.config.log_every == 0:
                 self._record(self._flush())
             self.bar.update()
-            if self.buffer:
-                for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
-                    self.buffer[name][self.places[part]] = feature.detach()
-                self.buffer["row"][self.places[part]] = torch.from_numpy(self.ids[part])
-                self._roll()
+            for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
+                self.buffer[name][self.places[part]] = feature.detach()
         self._flush()
 
     def _flush(self) -> dict[str, Any]:
@@ -323,17 +323,6 @@ class _Trainer:
             self.bar.set_postfix_str(f"episode {row['episode']}: loss {row['loss']:.3f}", refresh=False)
         self.unread.clear()
         return row
-
-    def _roll(self) -> None:
-        """Make the next prototypes of what was learnt last, where they are due."""
-        config = self.config
-        since = self.step - config.infonce_warmup_episodes * self.steps
-        end = ((config.lit_start_episode or config.episodes + 1) - 1) * self.steps
-        if since >= 0 and since % max(1, round(config.cluster_every * self.steps)) == 0 and self.step < end:
-            with self._timed("cluster"):
-                external = {name: self._stored(name, self.buffer["row"].numpy()) for name in self.external}
-                self._construct(self.buffer | external)
-                self.records = [replace(record, carried=not self.visit) for record in self.records]
 
     def _differentiate(self, outputs: encoders.Outputs, part: slice, records: list[prototypes.Prototypes]) -> dict[str, Tensor]:
         """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
@@ -396,7 +385,7 @@ class _Trainer:
         found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
         found += [prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2) for name, teacher in named.items()]
         most = max((k for teacher in found for k in teacher.ks), default=0)
-        rows = self.steps * self.width if config.prototypes == "rolling" else math.ceil(config.extraction_share * self.episodes.size)
+        rows = self.steps * self.width if config.prototypes == "rolling" else self.episodes.size
         require(most <= rows, f"k = {most} is more than the {rows} pairs of an episode that are clustered")
         return found, {name: teachers.load(teacher.features, self.pairs) for name, teacher in named.items()}
 

@@ -115,8 +115,8 @@ def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, work
 
 @pytest.fixture(scope="module")
 def rolling(table, settings, tmp_path_factory):
-    """Settings of rolling prototypes made every two steps from a window of three, and such a run."""
-    own = settings | {"prototypes": "rolling", "cluster_every": 2 / 3, "kmeans_warm_start": True, "log_every": 2}
+    """Settings of rolling prototypes with two visits to the same pairs, and such a run."""
+    own = settings | {"prototypes": "rolling", "visits": 2, "cluster_every": 1, "kmeans_warm_start": True, "log_every": 2}
     run = tmp_path_factory.mktemp("rolling") / "run"
     assert in_process(run_training, toy_settings(table, run, **own)) == 0
     return own, Run(run)

@@ -86,20 +86,19 @@ def watched(monkeypatch):
     return steps, made
 
 
-@pytest.mark.parametrize("every, moments", [(1, [3, 6]), (2 / 3, [3, 5, 7]), (2, [3])])
-def test_rolling_prototypes_come_from_the_features_of_the_last_steps(run, teacher, watched, monkeypatch, every, moments):
+@pytest.mark.parametrize("every, moments", [(1, [3, 6, 9, 12]), (2, [3, 9])])
+def test_rolling_prototypes_come_from_the_features_of_the_last_episodes_steps(run, teacher, watched, monkeypatch, every, moments):
     steps, made = watched
     monkeypatch.setattr(training._Trainer, "_extract", lambda *a: pytest.fail("extracted"))
-    found = run(prototypes="rolling", cluster_every=every, teachers=[teacher], k=[4, 6])
+    found = run(prototypes="rolling", cluster_every=every, teachers=[teacher], k=[4, 6], episodes=4)
     stored = torch.from_numpy(training.teachers.load("", None))
     assert [step for step, _ in made] == moments
     for step, features in made:
-        # A ring of three steps: one that is overwritten keeps its place.
-        order = sorted(range(step - 3, step), key=lambda number: number % 3)
-        image, text, rows = (torch.cat(parts) for parts in zip(*(steps[number] for number in order), strict=True))
+        image, text, rows = (torch.cat(parts) for parts in zip(*steps[step - 3 : step], strict=True))
         assert torch.equal(features["image"], image) and torch.equal(features["text"], text)
         assert torch.equal(features["minilm"], stored[rows])
-    assert "time/extract" not in found.metrics() and found.metrics()["loss/minilm_to_text_6"].iloc[4:].notna().all()
+    assert "time/extract" not in found.metrics()
+    assert found.metrics(kind="step")["loss/minilm_to_text_6"].notna().tolist() == 3 * [False] + 9 * [True]
 
 
 def test_rolling_labels_are_the_nearest_centroids_of_the_present_features(run, teacher, monkeypatch):
@@ -136,7 +135,7 @@ def test_a_later_visit_learns_the_same_pairs_by_the_labels_of_their_own_clusters
     rows = [torch.cat([rows for _, _, rows in steps[first : first + 3]]) for first in (0, 3, 6, 9)]
     assert [sorted(a.tolist()) == sorted(b.tolist()) for a, b in pairwise(rows)] == [True, False, True]
     assert not rows[0].equal(rows[1])
-    assert [step for step, _ in made] == [3, 6, 9]
+    assert [step for step, _ in made] == [3, 6, 9, 12]
     assert [record.carried for record, _ in asked] == 3 * [False] + 3 * [True] + 3 * [False]
     for first, clustered in ((3, rows[0]), (9, rows[2])):
         record = asked[first - 3][0]
@@ -147,27 +146,16 @@ def test_a_later_visit_learns_the_same_pairs_by_the_labels_of_their_own_clusters
 
 def test_rolling_without_warm_up_extracts_once(run, watched):
     steps, made = watched
-    rows = run(prototypes="rolling", infonce_warmup_episodes=0, cluster_every=1 / 3, batch_size=12, episodes=2).metrics()
-    assert rows["time/extract"].notna().sum() == 1
-    assert [step for step, _ in made] == [0, *range(1, 8)]
-    # After one step the rest is still what was extracted.
-    assert torch.equal(made[1][1]["text"][12:], made[0][1]["text"][12:])
-    assert torch.equal(made[1][1]["text"][:12], steps[0][1])
+    rows = run(prototypes="rolling", infonce_warmup_episodes=0, episodes=2).metrics()
+    assert rows["time/extract"].notna().tolist().count(True) == 1
+    assert [step for step, _ in made] == [0, 3, 6]
+    assert torch.equal(made[1][1]["text"], torch.cat([text for _, text, _ in steps[:3]]))
 
 
 def test_rolling_prototypes_stop_where_the_image_tower_is_locked(run, watched):
     _, made = watched
     run(prototypes="rolling", model="RN-mini", episodes=4, lit_start_episode=3)
     assert [step for step, _ in made] == [3]
-
-
-def test_a_share_of_the_episode_is_extracted_and_all_labels_are_on_the_fly(run, watched):
-    _, made = watched
-    found = run(extraction_share=0.4)
-    assert [(step, len(features["image"])) for step, features in made] == [(3, 20), (6, 20)]
-    assert all(record.carried for record in prototypes.load(found.latest))
-    with pytest.raises(ValueError, match="k = 21 is more than the 20 pairs"):
-        run(extraction_share=0.4, k=21)
 
 
 def test_warm_start_begins_from_the_last_centroids_and_reports_their_drift(run, monkeypatch):

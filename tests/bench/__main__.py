@@ -33,7 +33,7 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 TOY: dict[str, dict[str, Any]] = {
     "back_translation": {"n": 2000, "k": 50, "d": 8, "rounds": 2},
     "loss": {"batches": (64, 512, 4096), "k": 50, "d": 8, "rounds": 2},
-    "kmeans": {"size": 128, "ks": (8,), "episodes": 3, "large": (400, 20), "d": 8, "rounds": 1},
+    "kmeans": {"size": 128, "ks": (8,), "episodes": 4, "early": 3, "large": (400, 20), "d": 8, "rounds": 1},
     "growth": {"n": 1600, "k": 80, "batch": 64, "d": 8, "rounds": 2},
     "input": {"images": 16, "batch": 8, "model": "RN-micro", "rounds": 2},
     "umap": {"points": 600, "d": 8, "rounds": 1},

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from protoclip_lab.plots import HUES, NOTEBOOK
+from protoclip_lab.plots import HUES, LOOK
 
 from .measure import Spread, ratios, spread
 
@@ -184,7 +184,7 @@ def pictures(results: dict[str, Any], folder: Path) -> list[Path]:
     made = []
     for section, draw in (("growth", _draw_growth), ("training", _draw_training)):
         if "skipped" not in results.get(section, {"skipped": ""}):
-            with matplotlib.rc_context(NOTEBOOK):
+            with matplotlib.rc_context(LOOK["notebook"]):
                 draw(results[section]).savefig(folder / f"{section}.png", dpi=110)
             made.append(folder / f"{section}.png")
     return made

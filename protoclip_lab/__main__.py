@@ -6,43 +6,38 @@ train CONFIG         train one run by settings of TrainConfig in YAML or JSON; a
 evaluate CHECKPOINT  evaluate a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors
 watch RUN            evaluate each checkpoint of a run as it appears, until the run is finished
 
--p gives a setting and may be repeated: 03_train.episodes=2 to run, episodes=2 to train, draws=200 to evaluate and watch.
+-p gives a setting and may be repeated: a recipe's own parameters to run, episodes=2 to train, draws=200 to evaluate and watch.
 """
 
 import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from protoclip_lab import batch
 from protoclip_lab.config import TrainConfig, call
 from protoclip_lab.runs import headlines
 
 
-def _run(recipe: str, given: dict[str, Any]) -> None:
+def _run(recipe: str, given: dict) -> None:
     for caught in (signal.SIGINT, signal.SIGTERM):
         signal.signal(caught, batch.stop)
-    out = given.pop("out", None)
-    print(f"report: {batch.run(recipe, given, out)}")
+    print(f"report: {batch.run(recipe, out=given.pop('output', None), overrides=given)}")
 
 
-def _train(config: str, given: dict[str, Any]) -> None:
+def _train(config: str, given: dict) -> None:
     from protoclip_lab import training
 
     training.train(TrainConfig(**batch.read_mapping(Path(config)) | given))
 
 
-def _evaluate(checkpoint: str, given: dict[str, Any]) -> None:
+def _evaluate(checkpoint: str, given: dict) -> None:
     from protoclip_lab.evaluation import suite
 
-    options = {"checkpoint": checkpoint, "output": given.pop("out", ""), **given}
-    print(suite.summary(call(suite.evaluate_checkpoint, options, suite.evaluate)).to_string())
+    print(suite.summary(call(suite.evaluate_checkpoint, {"checkpoint": checkpoint, **given}, suite.evaluate)).to_string())
 
 
-def _watch(run: str, given: dict[str, Any]) -> None:
+def _watch(run: str, given: dict) -> None:
     from protoclip_lab.evaluation import suite
 
     for rows in call(suite.watch, {"run": run, **given}, suite.evaluate_checkpoint, suite.evaluate):
@@ -59,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, **how)
     parser.add_argument("command", choices=["run", "train", "evaluate", "watch"])
     parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
-    parser.add_argument("--out", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
+    parser.add_argument("--out", dest="output", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
     parser.add_argument("--data-root", metavar="FOLDER", help="folder of the sets known by name")
     parser.add_argument("--datasets", metavar="NAME", nargs="+", help="sets under it: cifar10 coco2017 ... (all)")
     parser.add_argument("--measures", metavar="NAME", nargs="+", help="zero_shot retrieval ... (all)")
@@ -68,8 +63,6 @@ def main() -> None:
     command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
     try:
         {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[command](what, given | dict(settings))
-    except ValidationError as error:
-        sys.exit("error: " + "; ".join(" ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()))
     except (OSError, ValueError, ArithmeticError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -2,13 +2,13 @@
 
 A recipe maps steps, in the order they run, to the parameters of their notebooks::
 
-    parameters: {size: 6000, flickr8k: null}    # the recipe's own, used as "{size}"; null has to be given
-    01_prepare_data: {source: shapes, size: "{size}"}
-    02_extract_teacher:minilm: {table: "{01_prepare_data}/pairs.tsv"}    # ":minilm" tells two uses of a notebook apart
+    parameters: {seeds: [0, 1], flickr8k: null} # the recipe's own, used as "{seeds}"; null has to be given
+    01_prepare_data: {table: "{flickr8k}/captions.tsv"}
+    02_extract_teacher:minilm: {table: "{01_prepare_data}/pairs"}    # ":minilm" tells two uses of a notebook apart
     03_train:
       common: {episodes: 8}
       arms: {clip: {objective: clip}, protoclip: {objective: protoclip}}
-      grid: {seed: [0, 1]}                      # the only place where a list is an axis
+      grid: {seed: "{seeds}"}                   # the only place where a list is an axis
     05_evaluate: {}                             # has a `run` or `checkpoint`: once for each run of 03_train
     06_compare: {}                              # has a parameter `runs`: once, over all of them
 
@@ -59,7 +59,6 @@ class Step:
         output: the folder it writes to; for 03_train the run directory.
         parameters: what is injected, references resolved.
         upstream: the steps whose outputs it was given.
-        record: step.json: what was asked of this step, written first; that it finished, written last.
         executed: the notebook with its outputs; beside it lies the same as ``.html``.
     """
 
@@ -70,17 +69,16 @@ class Step:
     upstream: list["Step"]
 
     def __post_init__(self) -> None:
-        self.record = self.output / "step.json"
         self.executed = self.output / self.notebook.name
 
     def recorded(self, file: str = "step.json") -> dict[str, Any]:
-        """What a JSON file of its folder says, empty where there is none."""
+        """What a JSON file of its folder says, empty where there is none; step.json says what was asked, and that it finished."""
         path = self.output / file
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def figures(self) -> list[Path]:
         """Its pictures and animations, in the order they were drawn."""
-        return sorted((self.output / "figures").glob("*.[pg][ni][gf]"), key=os.path.getmtime)
+        return sorted((self.output / "figures").glob("*.[pg][ni][gf]"), key=lambda path: path.stat().st_mtime)
 
 
 # ---------------------------------------------------------------- reading a recipe
@@ -129,13 +127,6 @@ def notebook_parameters(notebook: Path) -> list[str]:
     return re.findall(r"^(\w+)\s*(?::[^=\n]*)?=", "\n".join(sources), re.MULTILINE)
 
 
-def _sections(given: Any) -> tuple[dict, dict, dict]:
-    """A step's entry as common, arms and grid."""
-    given = dict(given or {})
-    common, arms, grid = (dict(given.pop(section, None) or {}) for section in SECTIONS)
-    return common | given, {str(arm): dict(arms[arm] or {}) for arm in arms}, grid
-
-
 def read_parameter(text: str) -> tuple[str, Any]:
     """``name=value`` as a name and a YAML value; ValueError where it is no such thing."""
     name, value = text.split("=", 1)
@@ -154,14 +145,13 @@ def _resolve(parameters: dict[str, Any], known: Mapping[str, Any], where: str) -
     return json.loads(text), used
 
 
-def _uses(section: tuple, has: list[str], planned: list[Step]) -> Iterator[tuple[str, dict, list[Step]]]:
+def _uses(common: dict, arms: dict, grid: dict, has: list[str], planned: list[Step]) -> Iterator[tuple[str, dict, list[Step]]]:
     """(name, parameters, steps read) for each time a notebook runs: arms x grid x, where it takes one run, runs."""
-    common, arms, grid = section
     runs = [s for s in planned if s.notebook.stem == TRAIN]
     for arm, *values in itertools.product(arms or [""], *(axis if isinstance(axis, list) else [axis] for axis in grid.values())):
         point = dict(zip(grid, values, strict=True))
-        name = re.sub(r"[^\w.=,+-]+", "-", "_".join(filter(None, [arm, *(f"{axis}={value}" for axis, value in point.items())])))
-        given = {**common, **arms.get(arm, {}), **point}
+        name = re.sub(r"[^\w.=,+-]+", "-", "_".join(filter(None, [str(arm), *(f"{axis}={value}" for axis, value in point.items())])))
+        given = {**common, **(arms.get(arm) or {}), **point}
         one = next((n for n in ("run", "checkpoint") if n in has), "")
         if runs and one and one not in given:
             yield from ((f"{name}/{run.output.name}", {one: str(run.output), **given}, [run]) for run in runs)
@@ -176,57 +166,48 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
 
     Args:
         recipe: a path, or a bare name in ``notebooks/recipes``.
-        overrides: values by the name of the recipe's own parameter, ``step.name``, ``03_train.arm.name``, or
-            ``03_train.grid.name``, a list.
+        overrides: values of the recipe's own parameters.
         out: the report folder, by default ``reports/<recipe>``.
 
     Raises:
-        ValueError: an unknown recipe, notebook, step, arm or parameter, with the nearest valid one; a recipe parameter
-            left without a value; settings of 03_train that TrainConfig refuses.
+        ValueError: an unknown recipe, notebook or parameter, with the nearest valid one; a recipe parameter left without
+            a value; settings of 03_train that TrainConfig refuses.
     """
     # the current folder's notebooks, else those of the checkout this package belongs to
     home = (Path.cwd() if Path("notebooks").is_dir() else Path(__file__).resolve().parents[1]) / "notebooks"
     known_recipes = {p.stem: p for p in sorted((home / "recipes").glob("*.yaml"))}
-    if not Path(recipe).is_file():
-        _check([str(recipe)], known_recipes, "recipe")
-    path = known_recipes.get(str(recipe), Path(recipe))
+    path = Path(recipe) if Path(recipe).is_file() else known_recipes.get(str(recipe))
+    require(path, f"recipe {recipe!r} is neither a file nor one of {[*known_recipes]}")
     document = read_mapping(path)
     own = dict(document.pop("parameters", None) or {})
-    notebooks = {p.stem: p for p in sorted(home.glob("[0-9]*.ipynb"))}
-    _check([step.partition(":")[0] for step in document], [*notebooks, "parameters"], path.name)
-
-    steps = {step: _sections(given) for step, given in document.items()}
-    sources = {step: notebooks[step.partition(":")[0]] for step in steps}
-    folder_of = {step: "run" if source.stem == TRAIN else "output" for step, source in sources.items()}
-    has = {step: [n for n in notebook_parameters(sources[step]) if n != folder_of[step]] for step in steps}
-    places = dict.fromkeys(own, own)
-    for step, (common, arms, grid) in steps.items():
-        for part, given in {step: common, f"{step}.grid": grid, **{f"{step}.{arm}": arms[arm] for arm in arms}}.items():
-            _check(given, has[step] + SECTIONS, f"{path.name}: {part}")
-            places |= {f"{part}.{name}": given for name in has[step] if name not in grid}
-        places |= {f"{step}{part}.{name}": grid for name in grid for part in ("", ".grid")}
-    for key, value in (overrides or {}).items():
-        _check([key], places, "-p")
-        step, _, name = key.rpartition(".")
-        if arm := next((arm for arm, given in steps.get(step, ({}, {}))[1].items() if name in given), None):
-            raise ValueError(f"-p {key}: arm {arm} sets {name} itself; write -p {step}.{arm}.{name}={value}")
-        places[key][name] = value
+    _check(overrides or (), own, f"-p: parameter of {path.name}")
+    own |= overrides or {}
     own = {name: os.environ.get(name.upper()) if value is None else value for name, value in own.items()}
     if missing := [name for name, value in own.items() if value is None]:
         raise ValueError(f"recipe {path.stem} needs {missing[0]}: add -p {missing[0]}=VALUE, or set {missing[0].upper()}=VALUE")
 
+    notebooks = {p.stem: p for p in sorted(home.glob("[0-9]*.ipynb"))}
     out = Path(out or home.parent / "reports" / path.stem).resolve()
     known, planned = own, []
-    for step, section in steps.items():
-        for use, given, read in _uses(section, has[step], planned):
-            use = use.strip("/") or ("run" if folder_of[step] == "run" else "")
+    for step, given in document.items():
+        source = step.partition(":")[0]
+        _check([source], [*notebooks, "parameters"], path.name)
+        folder = "run" if source == TRAIN else "output"
+        has = [name for name in notebook_parameters(notebooks[source]) if name != folder]
+        given = dict(given or {})
+        common, arms, grid = (given.pop(section, None) or {} for section in SECTIONS)
+        common |= given
+        for names in (common, grid, *arms.values()):
+            _check(names or (), has + SECTIONS, f"{path.name}: {step}")
+        for use, parameters, read in _uses(common, arms, _resolve(grid, own, step)[0], has, planned):
+            use = use.strip("/") or ("run" if source == TRAIN else "")
             name, output = f"{step}/{use}".rstrip("/"), out / step.replace(":", "_") / use
             require(all(s.output != output for s in planned), f"{path.name}: two runs would both write to {output}; rename one")
-            parameters, used = _resolve({folder_of[step]: str(output), **given}, known, f"{path.name}: {name}")
-            if folder_of[step] == "run":
+            parameters, used = _resolve({folder: str(output), **parameters}, known, f"{path.name}: {name}")
+            if source == TRAIN:
                 TrainConfig(**parameters)  # refuses now, not after the steps before it
             upstream = [s for s in planned if s in read or s.name.partition("/")[0] in used]
-            planned.append(Step(name, sources[step], output, parameters, upstream))
+            planned.append(Step(name, notebooks[source], output, parameters, upstream))
         known[step] = str(out / step.replace(":", "_"))
     return planned, out
 
@@ -235,23 +216,17 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
 
 
 def _execute(step: Step, title: str) -> None:
-    """Run the notebook in a kernel of this interpreter, whatever kernels are registered under its name."""
+    """Run the notebook in a kernel of this environment, under a live line."""
     import papermill
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager, kernelspec
-    from nbclient.exceptions import DeadKernelError
-
-    class Kernel(AsyncKernelManager):
-        # what a kernel logs would break the live line; what a notebook prints is in the executed notebook
-        kernel_spec = kernelspec.KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=50"]))
 
     started = []
     line = {"desc": title, "bar_format": "{desc}  {n}/{total} cells  {elapsed}", "leave": False, "disable": None}
-    options = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "progress_bar": line}
-    options |= {"cwd": step.notebook.parents[1], "on_cell_start": lambda **cell: started.append(cell)}
+    options = {"kernel_name": "python3", "language": "python", "cwd": step.notebook.parents[1], "progress_bar": line}
+    # what a kernel logs would break the live line; what a notebook prints is in the executed notebook
+    options |= {"extra_arguments": ["--log-level=50"], "on_cell_start": lambda **cell: started.append(cell)}
     try:
         papermill.execute_notebook(step.notebook, step.executed, step.parameters, **options)
-    except (papermill.exceptions.PapermillExecutionError, DeadKernelError) as error:
+    except (papermill.exceptions.PapermillExecutionError, RuntimeError) as error:  # the latter of a kernel that died
         why = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{error}; was there enough memory?"
         where = f"\n  notebook: {step.notebook}\n  executed: {step.executed}\nThe same command continues from there."
         raise StepFailed(f"{step.name} failed in cell {len(started)}\n  {why}{where}") from None
@@ -273,20 +248,19 @@ def _run_step(step: Step, title: str) -> None:
     training. One whose notebook alone was edited is kept, so that 03_train takes up its run.
     """
     inputs = [step.parameters, [upstream.recorded()["finished"] for upstream in step.upstream]]
-    code, found = [source for source, _ in _cells(step.notebook, "code")], step.recorded()
-    record = {"step": step.name, "inputs": inputs, "code": code, "finished": None}
-    if found and found["inputs"] != inputs:
+    record = {"step": step.name, "inputs": inputs, "code": [source for source, _ in _cells(step.notebook, "code")], "finished": None}
+    if (found := step.recorded()) and found["inputs"] != inputs:
         step.output.rename(step.output.with_name(f"{step.output.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}"))
-    elif found and found["code"] == code and found["finished"]:
+    elif found and found["code"] == record["code"] and found["finished"]:
         print(f"{title}  unchanged since {found['finished'][:19]}; delete its folder to run it again", file=sys.stderr)
         return
     step.output.mkdir(parents=True, exist_ok=True)
-    write_json(step.record, record)
+    write_json(step.output / "step.json", record)
     start = time.monotonic()
     _execute(step, title)
     _write_page(step)
     record |= {"finished": datetime.now().isoformat(" "), "seconds": round(time.monotonic() - start)}
-    write_json(step.record, record)
+    write_json(step.output / "step.json", record)
     print(f"{title}  done  {timedelta(seconds=record['seconds'])}", file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from protoclip_lab.config import require, require_known
+from protoclip_lab.config import require
 from protoclip_lab.data import downstream, source
 from protoclip_lab.storage import write_json
 
@@ -48,19 +48,11 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     index, distinct = pd.factorize(np.array(captions, object))
-    return _reduce(np.concatenate([*_embed("text", distinct, model, **options)]), index, dim)[0]
+    return _reduce(np.concatenate([*_embed(False, distinct, model, **options)]), index, dim)[0]
 
 
 def teach(
-    output: str | Path,
-    table: str | Path = "shapes",
-    *,
-    model: str,
-    kind: str = "text",
-    dim: int | None = 64,
-    pooling: str = "mean",
-    batch_size: int = 128,
-    **data: Any,
+    output: str | Path, table: str = "shapes", *, model: str, dim: int | None = 64, pooling: str = "mean", batch_size: int = 128, **data
 ) -> tuple[Path, Any]:
     """Write the teacher features of a table to ``output/teacher.npy``, one row per pair, and a JSON that says what they are.
 
@@ -70,30 +62,28 @@ def teach(
 
     Args:
         table, data: see :func:`protoclip_lab.data.source.open_pairs`.
-        model: for captions as in :func:`extract`; for images ``timm:NAME``, ``timm:local-dir:FOLDER``,
+        model: of captions as in :func:`extract`; of images ``timm:NAME``, ``timm:local-dir:FOLDER``,
             ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``, e.g. ``open_clip:RN50/openai``, with its own
             transform for evaluation.
-        kind: "text" or "image".
         dim, pooling, batch_size: as in :func:`extract`; pooling is for text alone.
 
     Returns:
         The features' file, for :func:`load`, and the pairs they belong to.
     """
-    require_known(kind, ("text", "image"), f"kind = {kind!r} of teacher")
-    output = Path(output)
+    output, visual = Path(output), model.startswith(("timm:", "open_clip:"))
     pairs = source.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
-    if kind == "text":
-        index, items = pd.factorize(np.array(pairs.captions, object))
-        options = {"batch_size": batch_size, "pooling": pooling}
-    else:
+    if visual:
         items = downstream.PairImages(pairs)
         index, options = items.image_of_caption, {"batch_size": batch_size}
-    about = {"model": str(model), "kind": kind, **options, "table": str(pairs.source), "fingerprint": pairs.fingerprint}
+    else:
+        index, items = pd.factorize(np.array(pairs.captions, object))
+        options = {"batch_size": batch_size, "pooling": pooling}
+    about = {"model": model, **options, "table": str(pairs.source), "fingerprint": pairs.fingerprint}
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     raw_path, state_path = output / f"teacher.{key}.partial", output / f"teacher.{key}.json"
     output.mkdir(parents=True, exist_ok=True)
     done = json.loads(state_path.read_text()) if state_path.exists() and raw_path.exists() else 0
-    for block in _embed(kind, items, model, done, **options):
+    for block in _embed(visual, items, model, done, **options):
         raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block
         raw.flush()
@@ -130,11 +120,10 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     return features
 
 
-def _embed(kind, items, model, start=0, *, batch_size=128, **options) -> Iterator[np.ndarray]:
+def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:
     """Blocks of normalised embeddings of ``items[start:]`` in order, under a progress bar."""
-    encode, size = (_text_tower if kind == "text" else _image_tower)(str(model), batch_size, **options)
-    firsts = range(start, len(items), size)
-    for first in tqdm(firsts, str(model), unit_scale=size, mininterval=2):
+    encode, size = (_image_tower if visual else _text_tower)(model, batch_size, **options)
+    for first in tqdm(range(start, len(items), size), model, unit_scale=size, mininterval=2):
         with torch.inference_mode():
             block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
         yield torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
@@ -168,14 +157,13 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
 
         tower = timm.create_model(name, pretrained=True, num_classes=0)
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(tower))
-    elif library == "open_clip" and (":" in name or "/" in name):
+    else:
+        require(":" in name or "/" in name, f"image teacher {model!r}: write open_clip:NAME/WEIGHTS or open_clip:local-dir:FOLDER")
         import open_clip
 
         # "local-dir:FOLDER" and "hf-hub:NAME" carry their weights, "RN50/openai" names them
         architecture, weights = (name, None) if ":" in name else name.split("/", 1)
         tower, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=weights)
-    else:
-        raise ValueError(f"image teacher {model!r}: write timm:NAME, open_clip:NAME/WEIGHTS or open_clip:local-dir:DIR")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forward = getattr(tower.to(device).eval(), "encode_image", tower)
     return lambda images: forward(torch.stack([transform(image) for image in images]).to(device)), batch_size

@@ -29,22 +29,25 @@ CAPTIONED = tuple(name for name, about in KNOWN.items() if "images" in about)
 TORCHVISION = {"stl10_binary": ("STL10", 0), "GTSRB": ("GTSRB", 1), "flowers-102": ("Flowers102", 0), "devkit": ("StanfordCars", 1)}
 
 
-@dataclass
 class Images(Sequence):
     """N RGB images, read when asked for.
 
-    Attributes:
+    Args:
         names: N, where each is; equal names are equal images.
         items: N, what ``read`` makes the images of.
         read: item -> image; OSError for one that is missing or broken.
-        fingerprint: SHA-256 over paths, sizes and times of change, for which no image is read; equal ones mean equal
-            features.
+        root, files: the tar that holds them, or a folder and the files in it.
+        about: what is taken from these.
+
+    Attributes:
+        fingerprint: SHA-256 over ``about``, paths, sizes and times of change, for which no image is read; equal ones mean
+            equal features.
     """
 
-    names: list[str]
-    items: Sequence
-    read: Callable[..., Image.Image]
-    fingerprint: str
+    def __init__(self, names: list[str], items: Sequence, read: Callable, root: Path, files: Iterable[str | Path], about: str) -> None:
+        self.names, self.items, self.read = names, items, read
+        stats = {str(file): file.stat() for file in ([root] if root.is_file() else [root / name for name in files])}
+        self.fingerprint = fingerprint([about, *stats], ["", *(f"{s.st_size} {s.st_mtime_ns}" for s in stats.values())])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,7 +70,7 @@ class PairImages(Images):
         _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
         names = np.array(pairs.column("filepath"), object)[self.rows].tolist()
         # The table's own fingerprint does not say where its images are, nor whether they changed.
-        super().__init__(names, self.rows, pairs.image, _stamped(pairs.root, names, pairs.fingerprint))
+        super().__init__(names, self.rows, pairs.image, pairs.root, names, pairs.fingerprint)
 
 
 @dataclass
@@ -88,22 +91,16 @@ class Labelled:
     images: Images
 
 
-def _stamped(root: Path, names: Iterable[str | Path], about: str) -> str:
-    """Fingerprint of the files of a folder, or of a tar, as they are now, and of what is taken from them."""
-    stats = {str(file): file.stat() for file in ([root] if root.is_file() else [root / name for name in names])}
-    return fingerprint([about, *stats], ["", *(f"{s.st_size} {s.st_mtime_ns}" for s in stats.values())])
-
-
 def _files(root: Path, places: dict[str, tuple[int, int]]) -> Images:
     """Images of a folder, or of a tar: name to (offset, size) in the tar, (-1, -1) in a folder."""
-    stamp = _stamped(root, places, f"{root} {list(places)}")
-    return Images([str(root / name) for name in places], list(places.items()), partial(read_image, root), stamp)
+    names, read = [str(root / name) for name in places], partial(read_image, root)
+    return Images(names, list(places.items()), read, root, places, f"{root} {list(places)}")
 
 
 def _array(pixels: np.ndarray, files: list[Path], part: str) -> Images:
     """Images of one array, (N, 3, H, W) uint8."""
     names = [f"{files[0].resolve()} {part} {index}" for index in range(len(pixels))]
-    return Images(names, pixels.transpose(0, 2, 3, 1), Image.fromarray, _stamped(Path(), files, part))
+    return Images(names, pixels.transpose(0, 2, 3, 1), Image.fromarray, Path(), files, part)
 
 
 def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
@@ -166,8 +163,7 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
             if not 0 < len(images) == len(labels) or max(labels) >= len(names):
                 raise ValueError(f"{len(images)} images, {len(labels)} labels of {len(names)} classes do not fit")
         except ValueError as error:
-            where = f"{part} part of {name} in {found[0].parent}"
-            raise ValueError(f"{where} is cut short or broken: {error}. Get it again: {about['get']}") from error
+            raise ValueError(f"{part} part of {name} in {found[0].parent} is cut short: {error}. To get it: {about['get']}") from error
         return [Labelled(names, list(names), np.asarray(labels, dtype=np.int64), images)]
     labelled = [from_classes(path, classes) for path in found]
     if classes is None and any(folder.isdigit() for folder in labelled[0].classes):

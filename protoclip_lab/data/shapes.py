@@ -148,8 +148,7 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
     with tarfile.open(images, "w", format=tarfile.USTAR_FORMAT) as archive:
         for index in tqdm(range(size), desc="drawing shapes", unit="image", mininterval=2):
             image, row = draw(seed, index, image_size=image_size)
-            jpeg = BytesIO()
-            image.save(jpeg, "JPEG", quality=90)
+            image.save(jpeg := BytesIO(), "JPEG", quality=90)
             member = tarfile.TarInfo(f"{index:06d}.jpg")  # its time and owner are 0 unless set
             member.size = jpeg.tell()
             archive.addfile(member, BytesIO(jpeg.getvalue()))

@@ -1,14 +1,12 @@
 """From a table, or from nothing, to pairs."""
 
 from pathlib import Path
-from typing import Any
 
-from protoclip_lab.data import pairs, shapes
+from protoclip_lab.data import shapes
+from protoclip_lab.data.pairs import Pairs, prepare
 
 
-def open_pairs(
-    output: str | Path, table: str = "shapes", *, size: int = 6000, image_size: int = 64, seed: int = 0, **options: Any
-) -> pairs.Pairs:
+def open_pairs(output: str | Path, table: str = "shapes", *, size: int = 6000, image_size: int = 64, seed: int = 0, **options) -> Pairs:
     """The pairs of a table, prepared in ``output/pairs`` unless they are already.
 
     Args:
@@ -21,4 +19,4 @@ def open_pairs(
     if table == "shapes":
         table = shapes.write(Path(output), size, seed=seed, image_size=image_size)
         options |= {"image_root": table.with_name("images.tar"), "where": options.get("where") or {"split": "train"}}
-    return pairs.prepare(table, Path(output) / "pairs", **options)
+    return prepare(table, Path(output) / "pairs", **options)

@@ -412,7 +412,7 @@ class _Trainer:
             batch = next(reading)
             self.row["time/wait"] += time.perf_counter() - begin
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch[:2])
-            yield self.crop.finish(images, batch.parameters).contiguous(memory_format=torch.channels_last), tokens
+            yield self.crop.finish(images, batch[2]).contiguous(memory_format=torch.channels_last), tokens
 
     def _stored(self, teacher: str, rows: np.ndarray) -> Tensor:
         """External teacher features of some rows of the table."""

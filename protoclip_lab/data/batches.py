@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +16,6 @@ from torchvision.transforms import v2
 
 from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.randomness import derive, torch_generator
-
-
-class Batch(NamedTuple):
-    """What is read of some rows; ``parameters`` are what :meth:`Augmentation.finish` does to each image."""
-
-    images: Tensor
-    tokens: Tensor
-    parameters: Tensor
 
 
 class Augmentation:
@@ -121,9 +112,9 @@ UNTOUCHED = (1.0, 1.0, 1.0, 0.0, 1.0, 0.0)  # the value of each that leaves an i
 
 
 class Batches(Dataset):
-    """``batches[transform, purpose, episode, rows]`` -> :class:`Batch` of images (B, 3, H, W), tokens (B, L) int64 and parameters.
+    """``batches[transform, purpose, episode, rows]`` -> images (B, 3, H, W), tokens (B, L) int64 and parameters (B, P).
 
-    Images and parameters (B, P) are those of an :class:`Augmentation`; or finished float32, and P is 0.
+    Images and parameters are those of an :class:`Augmentation`; or finished float32, and P is 0.
     Each image's draws come from a generator made on the spot from (seed, purpose, episode, row), so neither
     the order of the rows nor the process that reads them can change it.
 
@@ -142,7 +133,7 @@ class Batches(Dataset):
         self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
         self.cache, self.episode = keep * cache_mib * 2**20, None
 
-    def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> Batch:
+    def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         name, purpose, episode, rows = wanted
         transform, found = self.transforms[name], []
         if episode != self.episode:
@@ -155,7 +146,7 @@ class Batches(Dataset):
                 found.append(transform(image) if isinstance(transform, Augmentation) else (transform(image), []))
         images, parameters = zip(*found, strict=True)
         tokens = [_tokens(self.tokenizer, self.pairs.caption(row)) for row in rows]
-        return Batch(torch.stack(images), torch.stack(tokens), torch.tensor(parameters))
+        return torch.stack(images), torch.stack(tokens), torch.tensor(parameters)
 
     def _image(self, row: int, at_least: int) -> Image.Image:
         if (row, at_least) not in self.images:
@@ -182,7 +173,7 @@ class Reader:
         # With a generator, or the loader would draw its workers' base seed from the global one.
         self._loader = DataLoader(batches, sampler=[], batch_size=None, generator=torch_generator(batches.seed, "workers"), **options)
 
-    def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[Batch]:
+    def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[Sequence[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""
         self._loader.sampler[:] = [(transform, purpose, episode, batch) for batch in rows]
         return iter(self._loader)

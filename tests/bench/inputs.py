@@ -33,7 +33,7 @@ def pipeline(*, images: int = 512, batch: int = 64, model: str = "RN-mini", roun
 
             def read(crop: str, reader: Reader = reader, stretches: list = stretches) -> None:
                 for batch in reader.read(stretches, transform=crop, purpose="learn", episode=1):
-                    crops[crop].finish(batch.images, batch.parameters)
+                    crops[crop].finish(batch[0], batch[2])
 
             cases = {"decode": lambda table=table: [table.image(row) for row in range(len(table))]}
             cases |= {crop: lambda crop=crop, read=read: read(crop) for crop in crops}

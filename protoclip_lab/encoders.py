@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -68,20 +67,20 @@ class TwoTowers(nn.Module):
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> Outputs:
         """Images (B, 3, H, W) float32 and tokens (B, L) int64 -> :class:`Outputs`."""
-        z_image, h_image = (None, None) if images is None else self._features(self.clip.encode_image(images), self.image_head)
-        z_text, h_text = (None, None) if tokens is None else self._features(self.clip.encode_text(tokens), self.text_head)
+        z_image, h_image = (None, None) if images is None else _features(self.clip.encode_image(images), self.image_head)
+        z_text, h_text = (None, None) if tokens is None else _features(self.clip.encode_text(tokens), self.text_head)
         return Outputs(z_image, z_text, h_image, h_text)
-
-    @staticmethod
-    def _features(embedding: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor]:
-        z = F.normalize(embedding.float(), dim=-1)
-        return z, z if head is None else F.normalize(head(embedding).float(), dim=-1)
 
     def clamp_scales(self) -> None:
         """Keep exp(scale) in [1, 100], after each step."""
         for scale in (self.clip.logit_scale, self.logit_scale_proto):
             if scale is not None:
                 scale.data.clamp_(0, math.log(100))
+
+
+def _features(embedding: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor]:
+    z = nn.functional.normalize(embedding.float(), dim=-1)
+    return z, z if head is None else nn.functional.normalize(head(embedding).float(), dim=-1)
 
 
 def projection_head(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:

@@ -18,12 +18,11 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from protoclip_lab import clustering, encoders, prototypes
-from protoclip_lab.config import Settings, nearest_name, require
+from protoclip_lab import clustering, encoders, evaluation, prototypes
+from protoclip_lab.config import Settings, nearest_name, require, require_known
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.downstream import Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
-from protoclip_lab.evaluation import arrays, clusters, gap, probes, prompts, ranking
 from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
@@ -69,8 +68,8 @@ class EvaluationSet(Settings):
 
 
 def _check(measures: Sequence[str]) -> None:
-    if wrong := [measure for measure in measures if measure not in MEASURES]:
-        raise ValueError(f"measure {wrong[0]!r} is none of {MEASURES}; the nearest valid name is {nearest_name(wrong[0], MEASURES)!r}")
+    for measure in measures:
+        require_known(measure, MEASURES, f"measure {measure!r} is none of {MEASURES}")
 
 
 def evaluate(
@@ -122,7 +121,7 @@ def evaluate(
     options = {"features": features, "records": records, "scaling": scaling, "seed": seed, "draws": draws}
     for measure, given, tests, train in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
         parts = [_measured(measure, given, test, train, **options) for test in tests]
-        for key, found in arrays.mean(parts).items():
+        for key, found in evaluation.arrays.mean(parts).items():
             name = key if key == measure else f"{measure}_{key}"
             value, low, high = (None if np.isnan(x) else float(x) for x in (found, found.low, found.high))  # JSON knows no NaN
             rows.append({"dataset": given.name, "measure": name, "value": value, "low": low, "high": high})
@@ -178,14 +177,14 @@ def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
 
 def _measured(
     measure: str, given: EvaluationSet, test: Labelled, train: Labelled | None, features: Callable, records, scaling, **options
-) -> arrays.Estimates:
+) -> evaluation.Estimates:
     """One measure of one list of images: by their captions, by their classes, the sweep by both; nothing without either."""
     found = {}
     if measure in ("retrieval", "gap", "gap_sweep") and isinstance(test.images, PairImages):
         image, text = features(test.images)["0"], features(test.images.pairs.captions)["0"]
-        rank = partial(ranking.retrieval, image_of_caption=test.images.image_of_caption, **options)
-        ways = {"retrieval": rank, "gap_sweep": partial(gap.gap_sweep, measure=rank)}
-        ways["gap"] = lambda *both: gap.modality_gap(*both, **rank.keywords) | gap.separability(*both, **rank.keywords)
+        rank = partial(evaluation.retrieval, image_of_caption=test.images.image_of_caption, **options)
+        ways = {"retrieval": rank, "gap_sweep": partial(evaluation.gap_sweep, measure=rank)}
+        ways["gap"] = lambda *both: evaluation.modality_gap(*both, **rank.keywords) | evaluation.separability(*both, **rank.keywords)
         found = ways[measure](image, text)
     if measure in ("retrieval", "gap") or not test.classes or (measure in ("linear_probe", "knn") and train is None):
         return found
@@ -194,18 +193,18 @@ def _measured(
         x, _, train_labels = _readable(train, features, given.name)
         # By name: train may lack a class, and then numbers them differently.
         train_y, test_y = np.array(train.classes)[train_labels], np.array(test.classes)[labels]
-        probe = probes.knn if measure == "knn" else partial(probes.linear_probe, scaling=scaling)
+        probe = evaluation.knn if measure == "knn" else partial(evaluation.linear_probe, scaling=scaling)
         return probe(x, train_y, z, test_y, **options)
     if measure == "grouping":
-        found = clusters.grouping(z, labels, seeds=SEEDS, **options) | clusters.separation(z, labels, **options)
+        found = evaluation.grouping(z, labels, seeds=SEEDS, **options) | evaluation.separation(z, labels, **options)
         if (own := prototypes.of_modality(records, "image")) is not None:
-            matched = clusters.agreement(clustering.nearest(h, own), labels, **options)
+            matched = evaluation.agreement(clustering.nearest(h, own), labels, **options)
             found |= {f"prototypes_{name}": value for name, value in matched.items()}
         return found
-    weights = prompts.classifier(lambda texts: features(texts)["0"], test.class_names, given.templates)
+    weights = evaluation.classifier(lambda texts: features(texts)["0"], test.class_names, given.templates)
     if measure == "gap_sweep":
-        return found | gap.gap_sweep(z, weights.T, lambda x, w: prompts.zero_shot(x, w.T, labels, **options))
-    return prompts.zero_shot(z, weights, labels, **options)
+        return found | evaluation.gap_sweep(z, weights.T, lambda x, w: evaluation.zero_shot(x, w.T, labels, **options))
+    return evaluation.zero_shot(z, weights, labels, **options)
 
 
 def _readable(part: Labelled, features: Callable, name: str) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

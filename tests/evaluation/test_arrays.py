@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from protoclip_lab import evaluation
-from protoclip_lab.evaluation import arrays, prompts
+from protoclip_lab.evaluation import arrays
 
 
 def flat(found):
@@ -97,10 +97,10 @@ REFUSED = [
     (arrays.as_features, (np.ones(3), "image"), "expected .rows, dimensions., at least one of each"),
     (arrays.as_features, ([[1], [np.nan]], "image"), "image has NaN or Inf, first in row 1"),
     (arrays.as_features, ([[1], [np.inf]], "image"), "image has NaN or Inf, first in row 1"),
-    (prompts.zero_shot, (ONES, ONES[:2], [0] * 3), r"image \(3, 3\) and classifier \(2, 3\)"),
-    (prompts.zero_shot, (ONES, EYE, [0] * 2), r"labels has shape \(2,\), its features have 3 rows"),
-    (prompts.zero_shot, (ONES, EYE, [0, 3, 0]), "labels is 3 in row 1: expected whole numbers from 0 to 2"),
-    (prompts.zero_shot, (ONES, EYE, ["cat", "dog", "cat"]), "whole numbers"),
+    (evaluation.zero_shot, (ONES, ONES[:2], [0] * 3), r"image \(3, 3\) and classifier \(2, 3\)"),
+    (evaluation.zero_shot, (ONES, EYE, [0] * 2), r"labels has shape \(2,\), its features have 3 rows"),
+    (evaluation.zero_shot, (ONES, EYE, [0, 3, 0]), "labels is 3 in row 1: expected whole numbers from 0 to 2"),
+    (evaluation.zero_shot, (ONES, EYE, ["cat", "dog", "cat"]), "whole numbers"),
     (evaluation.linear_probe, (EYE, [0, 1, 2], np.eye(2), [0, 1]), r"train_x \(3, 3\) and test_x \(2, 2\)"),
     (evaluation.knn, (EYE, [0, 1, 2], EYE, [0]), r"test_y has shape \(1,\), its features have 3 rows"),
     (evaluation.retrieval, (EYE, EYE[:2], [0, 3]), "image_of_caption is 3 in row 1: expected whole numbers from 0 to 2"),

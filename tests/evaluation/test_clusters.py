@@ -8,8 +8,9 @@ from sklearn import metrics
 from sklearn.datasets import make_blobs
 from test_arrays import flat, written_out
 
+from protoclip_lab import evaluation
 from protoclip_lab.clustering import kmeans
-from protoclip_lab.evaluation import agreement, clusters, grouping, separation
+from protoclip_lab.evaluation import agreement, grouping, separation
 
 
 def reference(found, known):
@@ -104,7 +105,7 @@ def test_interval_of_the_silhouette_is_that_of_a_mean_over_items():
 def test_silhouette_of_many_items_is_of_a_sample_that_the_seed_draws(monkeypatch):
     x, y = make_blobs(400, centers=3, cluster_std=3, random_state=0)
     whole = separation(x, y)["silhouette"]
-    monkeypatch.setattr(clusters, "SILHOUETTE_ITEMS", 100)
+    monkeypatch.setattr(evaluation, "SILHOUETTE_ITEMS", 100)
     drawn = [separation(x, y, seed=seed)["silhouette"] for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len({whole, *drawn}) == 4
     assert drawn == pytest.approx([whole] * 4, abs=0.1)
@@ -114,7 +115,7 @@ def test_fewer_resamples_have_to_do_where_each_is_costly(monkeypatch):
     labels, found = np.random.default_rng(0).integers(0, 4, (2, 300))
     few = flat(agreement(found, labels, draws=20))
     assert flat(agreement(found, labels, draws=100)) == flat(agreement(found, labels, draws=1000)) != few
-    monkeypatch.setattr(clusters, "LARGE_TABLE", 10)
+    monkeypatch.setattr(evaluation, "LARGE_TABLE", 10)
     assert flat(agreement(found, labels, draws=1000)) == few
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_arrays import flat, written_out
 
-from protoclip_lab.evaluation import gap, gap_sweep, modality_gap, retrieval, separability, zero_shot
+from protoclip_lab import evaluation
+from protoclip_lab.evaluation import gap_sweep, modality_gap, retrieval, separability, zero_shot
 
 
 def unit(x):
@@ -95,7 +96,7 @@ def test_moved_equals_its_formula_where_means_meet_at_1_and_the_gap_doubles_at_m
     for share in (-1, 0.25, 1):
         expected = unit(image) - share / 2 * way, unit(text) + share / 2 * way
         np.testing.assert_allclose(expected[0].mean(axis=0) - expected[1].mean(axis=0), (1 - share) * way, atol=1e-9)
-        for found, before in zip(gap.moved(image, text, share), expected, strict=True):
+        for found, before in zip(evaluation.moved(image, text, share), expected, strict=True):
             np.testing.assert_allclose(found.numpy(), unit(before), atol=1e-5)
 
 
@@ -107,7 +108,7 @@ def test_sweep_measures_what_is_moved():
         lambda image, text: retrieval(image, text, owner): {"mean_recall", "image_to_text_R@1", "text_to_image_R@1"},
     }
     for measure, names in measures.items():
-        found, unmoved, apart = gap_sweep(image, text, measure), measure(image, text), gap.moved(image, text, -0.75)
+        found, unmoved, apart = gap_sweep(image, text, measure), measure(image, text), evaluation.moved(image, text, -0.75)
         assert found.keys() == {f"{name}@{share / 4:+.2f}" for name in names for share in range(-4, 5)}
         for name in names:
             assert found[f"{name}@+0.00"] == pytest.approx(unmoved[name], abs=1e-4)

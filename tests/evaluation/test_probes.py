@@ -11,7 +11,8 @@ from test_arrays import flat, written_out
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from protoclip_lab.evaluation import knn, linear_probe, probes
+from protoclip_lab import evaluation
+from protoclip_lab.evaluation import arrays, knn, linear_probe
 from protoclip_lab.randomness import numpy_generator
 
 SCALERS = {"standardise": StandardScaler, "l2": Normalizer}
@@ -55,18 +56,18 @@ def test_linear_probe_equals_scikit_learn_at_its_strength_in_value_and_interval(
     found = linear_probe(train_x, train_y, test_x, test_y, scaling=scaling, draws=30, seed=1)
     predicted = regression(train_x, train_y, test_x, strength := found.pop("strength"), scaling)
     expected = written_out(lambda rows: scores(test_y[rows], predicted[rows]), 500, 30, 1)
-    assert strength in probes.STRENGTHS and flat(found) == pytest.approx(expected, abs=1e-4)
+    assert strength in evaluation.STRENGTHS and flat(found) == pytest.approx(expected, abs=1e-4)
     assert 100 / classes + 10 < found["accuracy"] < 99
 
 
 @pytest.mark.parametrize("block", [47, 2**24])  # 47 rows of 4 logits: the last of six blocks is short
 def test_fit_in_any_blocks_reaches_the_minimum_of_the_stated_objective(monkeypatch, block):
-    monkeypatch.setattr(probes, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
     train_x, train_y, _, _ = problem()
     x = torch.linalg.svd(torch.from_numpy(train_x - train_x.mean(axis=0)).double(), full_matrices=False)
     x, y = x.U * x.S, torch.from_numpy(train_y)  # principal axes
     model = LogisticRegression(C=1 / (len(x) * 1e-2), tol=1e-9, max_iter=9000).fit(x.numpy(), train_y)
-    weights = probes._fit(x, y, 1e-2, torch.zeros(4, 13).double(), iterations=500, tolerance=1e-6)
+    weights = evaluation._fit(x, y, 1e-2, torch.zeros(4, 13).double(), iterations=500, tolerance=1e-6)
     np.testing.assert_allclose(weights[:, :-1].numpy(), model.coef_, atol=5e-4)
 
 
@@ -85,7 +86,7 @@ class LargestDouble(TorchDispatchMode):
 
 @pytest.mark.parametrize("scaling", SCALERS)
 def test_large_data_are_never_doubled(scaling):
-    dim, rows = 256, probes.DOUBLE_ELEMENTS // 256
+    dim, rows = 256, evaluation.DOUBLE_ELEMENTS // 256
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, rows + 1)
     x = (rng.normal(size=(rows + 1, dim)) + 0.1 * rng.normal(size=(3, dim))[y]).astype(np.float32)
@@ -101,11 +102,11 @@ def test_strength_is_the_best_on_rows_held_out_of_train():
     train_x, train_y, test_x, test_y = problem(noise=2.5)
     held_out = np.isin(np.arange(240), numpy_generator(2, "linear probe").permutation(240)[192:])
     x, right = StandardScaler().fit_transform(train_x.astype(np.float64)), []
-    for strength in probes.STRENGTHS:
+    for strength in evaluation.STRENGTHS:
         model = LogisticRegression(C=1 / (strength * np.sum(~held_out)), tol=1e-8, max_iter=5000)
         right.append(model.fit(x[~held_out], train_y[~held_out]).score(x[held_out], train_y[held_out]))
     chosen = linear_probe(train_x, train_y, test_x, test_y, seed=2)["strength"]
-    assert chosen == probes.STRENGTHS[np.argmax(right)] and len(set(right)) > 1
+    assert chosen == evaluation.STRENGTHS[np.argmax(right)] and len(set(right)) > 1
 
 
 @pytest.mark.parametrize("probe", [linear_probe, knn])
@@ -126,7 +127,7 @@ def test_constant_features_predict_the_commonest_class(scaling):
 @pytest.mark.parametrize("block", [1, 2**24])
 @pytest.mark.parametrize("k", [1, 2, 20, 1000])
 def test_knn_equals_scikit_learn_in_value_and_interval(monkeypatch, k, block):
-    monkeypatch.setattr(probes, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
     train_x, train_y, test_x, test_y = problem(7)
     train_y, test_y = WORDS[train_y], WORDS[test_y]
     predicted = neighbours(train_x, train_y, test_x, k)

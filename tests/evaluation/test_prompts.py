@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from sklearn.metrics import recall_score, top_k_accuracy_score
 from test_arrays import flat, written_out
 
-from protoclip_lab.evaluation import prompts, zero_shot
+from protoclip_lab import evaluation
+from protoclip_lab.evaluation import arrays, zero_shot
 
 
 def tokenize(texts):
@@ -27,7 +28,7 @@ def test_classifier_equals_open_clip():
     names, templates = ["cat", "dog", "fire {truck}"], ["a photo of a {}.", "{} or {}", "bad {}"]
     writers = [lambda name, t=template: t.replace("{}", name) for template in templates]
     expected = open_clip.build_zero_shot_classifier(SimpleNamespace(encode_text=encode_text), tokenize, names, writers)
-    found = prompts.classifier(lambda texts: encode_text(tokenize(texts)), names, templates)
+    found = evaluation.classifier(lambda texts: encode_text(tokenize(texts)), names, templates)
     torch.testing.assert_close(found, expected)
     assert found.shape == (7, 3)
 
@@ -44,7 +45,7 @@ def problem(rows):
 
 @pytest.mark.parametrize("block", [1, 2**24])
 def test_value_and_interval_equal_scikit_learn_also_where_a_resample_lacks_a_class(monkeypatch, block):
-    monkeypatch.setattr(prompts, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
     image, weights, labels, scores = problem(60)
     assert np.bincount(labels)[1:].min() < 3
 

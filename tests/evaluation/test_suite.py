@@ -14,11 +14,11 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from protoclip_lab import encoders, prototypes
+from protoclip_lab import encoders, evaluation, prototypes
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import prepare
-from protoclip_lab.evaluation import linear_probe, modality_gap, prompts, retrieval, suite, zero_shot
+from protoclip_lab.evaluation import linear_probe, modality_gap, retrieval, suite, zero_shot
 from protoclip_lab.training import train
 
 
@@ -116,7 +116,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
     image, train_image = (encoders.encode_images(None, [p.image(i) for i in range(len(p))]).image for p in (test, train))
     text = encoders.encode_texts(None, test.captions)
     classes = sorted(set(test.column("colour")))
-    weights = prompts.classifier(lambda t: encoders.encode_texts(None, t), classes, shapes.PROMPTS["colour"])
+    weights = evaluation.classifier(lambda t: encoders.encode_texts(None, t), classes, shapes.PROMPTS["colour"])
     labels = [classes.index(value) for value in test.column("colour")]
     assert found["zero_shot_top1"] == pytest.approx(zero_shot(image, weights, labels)["top1"])
     probe = linear_probe(train_image, train.column("colour"), image, test.column("colour"), seed=4)
@@ -363,7 +363,7 @@ def test_unreadable_images_are_left_out_by_name_and_more_than_a_few_are_an_error
     assert any("1 of 24 images of colours" in message for message in named)
     images = [Image.open(file).convert("RGB") for file in expected_files]
     z = encoders.encode_images(whole, images).image
-    weights = prompts.classifier(lambda t: encoders.encode_texts(whole, t), ["dark red", "green", "white"], ["a photo of a {}."])
+    weights = evaluation.classifier(lambda t: encoders.encode_texts(whole, t), ["dark red", "green", "white"], ["a photo of a {}."])
     labels = [sorted({f.parent.name for f in files}).index(f.parent.name) for f in expected_files]
     assert found["zero_shot_top1"] == pytest.approx(zero_shot(z, weights, labels)["top1"])
     files[2].write_bytes(b"")

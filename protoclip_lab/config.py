@@ -65,7 +65,6 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the towers")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and faiss; None leaves torch's choice")
     workers: int = Field(1, ge=0, description="processes that read and augment images")
-    image_cache: int = Field(512, ge=0, description="MiB a worker of images decoded for extraction, kept for learning")
     compile: bool = Field(False, description="torch.compile the towers: pays on GPUs and for long runs")
 
     # --- data

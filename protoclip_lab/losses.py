@@ -29,18 +29,16 @@ def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: 
         The mean over the batch, a scalar.
 
     Raises:
-        ValueError: ``features`` and ``targets`` differ in shape.
+        ValueError: ``features`` and ``targets`` differ in shape, or ``centroids`` ask for a gradient.
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6; the contraction is ours.
     """
     # Their product would broadcast.
     require(targets.shape == features.shape, f"features and targets differ in shape: {[*features.shape]} and {[*targets.shape]}")
     features, centroids, targets = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids, targets))
+    require(not centroids.requires_grad, "centroids are constants of a step and get no gradient: detach them")
     scale = torch.as_tensor(scale, dtype=features.dtype, device=features.device)
-    if centroids.requires_grad:  # prototypes that learn: autograd's own way
-        sums = torch.logsumexp(masked(scale * features @ centroids.T, occupied), dim=1)
-    else:
-        sums = _LogSumExp.apply(features, centroids, scale, occupied)
+    sums = _LogSumExp.apply(features, centroids, scale, occupied)
     return (sums - scale * (features * targets).sum(dim=1)).mean()
 
 

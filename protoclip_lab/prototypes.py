@@ -1,7 +1,7 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,13 +66,7 @@ class Prototypes:
 
 
 def construct(
-    features: dict[str, Tensor],
-    teachers: list[Teacher],
-    seed: int,
-    back_translation: bool = True,
-    mask_empty: bool = True,
-    init: Mapping[str, Tensor] | None = None,
-    **how: Any,
+    features: dict[str, Tensor], teachers: list[Teacher], seed: int, back_translation: bool = True, mask_empty: bool = True, **how: Any
 ) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -85,17 +79,17 @@ def construct(
         seed: of the episode; each teacher and k draws its own from it.
         back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
         mask_empty: keep empty clusters out of both softmaxes; False lets them compete, as the authors' code does.
-        init: centroids to start from, by the name of the clusters they become.
-        how: iterations, restarts and the like of :func:`protoclip_lab.clustering.kmeans`.
+        how: iterations, restarts and the like of :func:`protoclip_lab.clustering.kmeans`; ``init`` by the name of the
+            clusters that it becomes.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
     """
-    records, clusters = [], {}
+    records, clusters, init = [], {}, how.pop("init", {})
     for teacher in teachers:
         for k in teacher.ks:
             name = f"{teacher.name}_{k}"
-            start = {"seed": derive(seed, "clusters of", teacher.name, k), "init": (init or {}).get(name)}
+            start = {"seed": derive(seed, "clusters of", teacher.name, k), "init": init.get(name)}
             clusters[name] = found = clustering.kmeans(features[teacher.name], k, **start, **how)
             occupied = (found.sizes > 0) | (not mask_empty)
             for student in [s for s in STUDENTS if s != teacher.name]:

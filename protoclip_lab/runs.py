@@ -19,7 +19,7 @@ from filelock import FileLock
 from scipy.special import stdtrit
 
 from protoclip_lab.config import TrainConfig, require
-from protoclip_lab.data import pairs, source
+from protoclip_lab.data import pairs, shapes
 from protoclip_lab.storage import write_json, write_text
 
 # These may change when a run is resumed: none has a say in weights or metrics.
@@ -151,7 +151,7 @@ def pairs_of(run: Run) -> pairs.Pairs:
     """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
     folder = run.path.parent / "shapes" if run.config.table == "shapes" else run.path
     names = {"table", "image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share"}
-    return source.open_pairs(folder, **run.config.model_dump(include=names))
+    return shapes.open_pairs(folder, **run.config.model_dump(include=names))
 
 
 def damaged_files(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
-from protoclip_lab.data import downstream, source
+from protoclip_lab.data import downstream, shapes
 from protoclip_lab.storage import write_json
 
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
@@ -61,7 +61,7 @@ def teach(
     killed and ends with the same bytes. ``teacher.json`` is written last: features without one are unfinished.
 
     Args:
-        table, data: see :func:`protoclip_lab.data.source.open_pairs`.
+        table, data: see :func:`protoclip_lab.data.shapes.open_pairs`.
         model: of captions as in :func:`extract`; of images ``timm:NAME``, ``timm:local-dir:FOLDER``,
             ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``, e.g. ``open_clip:RN50/openai``, with its own
             transform for evaluation.
@@ -71,7 +71,7 @@ def teach(
         The features' file, for :func:`load`, and the pairs they belong to.
     """
     output, visual = Path(output), model.startswith(("timm:", "open_clip:"))
-    pairs = source.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
+    pairs = shapes.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
     if visual:
         items = downstream.PairImages(pairs)
         index, options = items.image_of_caption, {"batch_size": batch_size}

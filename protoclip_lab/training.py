@@ -1,7 +1,6 @@
 """The episode loop: extract, construct prototypes, learn."""
 
 import json
-import logging
 import math
 import shutil
 import signal
@@ -20,20 +19,18 @@ from filelock import FileLock
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig, require
-from protoclip_lab.data.batches import Augmentation, Batches, Reader
-from protoclip_lab.data.episodes import Episodes
+from protoclip_lab.data.batches import Augmentation, Batches, Episodes, Reader
 from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.evaluation import suite
 from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
-
-MUCH_WAITING = 0.2  # share of an episode above which reading is said to be the limit
 
 
 class Interrupted(KeyboardInterrupt):
@@ -135,7 +132,7 @@ class _Trainer:
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         transforms, twice = {"train": self.crop, "eval": model.eval_transform}, bool(self.teachers and not self.buffer)
-        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, keep=twice, cache_mib=config.image_cache)
+        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, cache_mib=512 * twice)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
@@ -188,14 +185,12 @@ class _Trainer:
     def _episode(self, episode: int) -> None:
         config = self.config
         drawn, self.visit = divmod(episode - 1, config.visits)
-        self.ids = self.episodes.ids(drawn + 1)
-        if self.visit or self.buffer:
-            self.ids = self.ids[: self.steps * self.width]
-        # Of each pair in the order it is learnt, its place in the order of what was clustered.
-        self.places = np.arange(len(self.ids))
+        self.ids, order = self.episodes.ids(drawn + 1), np.arange(self.steps * self.width)
         if self.visit:  # the same pairs in other batches
-            order = numpy_generator(config.seed, "visit", episode).permutation(len(self.ids))
-            self.ids, self.places = self.ids[order], order if self.buffer else self.places
+            order = numpy_generator(config.seed, "visit", episode).permutation(order)
+        # Of each pair in the order it is learnt, its place in the order of what was clustered.
+        self.places = torch.from_numpy(order if self.buffer else np.arange(len(order))).to(self.device)
+        self.ids = self.ids[order] if self.visit or self.buffer else self.ids
         if episode >= (config.lit_start_episode or math.inf):
             self.bare.clip.visual.requires_grad_(False)
         teaching, fresh = self._teaching(episode)
@@ -212,7 +207,7 @@ class _Trainer:
             self._learn(episode, teaching)
         if self.buffer and all(self._teaching(episode + 1)):
             with self._timed("cluster"):
-                external = {name: self._stored(name, self.ids[np.argsort(self.places)]) for name in self.external}
+                external = {name: self._stored(name, self.ids[self.places.argsort().cpu()]) for name in self.external}
                 self._construct(self.buffer | external)
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
@@ -225,9 +220,8 @@ class _Trainer:
         spread = {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
         spread["time/images_per_second"] = self.steps * self.width / self.row["time/learn"]
         spread["time/share_waiting"] = waited = self.row["time/wait"] / (self.row["time/learn"] + self.row.get("time/extract", 0))
-        if waited > MUCH_WAITING:
-            say = "%.0f %% of episode %d was spent waiting for images: more workers (now %d) or smaller images would make it faster"
-            logging.getLogger(__name__).warning(say, 100 * waited, episode, config.workers)
+        if waited > 0.2:
+            self.bar.write(f"{waited:.0%} of episode {episode} was waiting for images: more workers (now {config.workers}) would help")
         self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **spread})
         self._begin()
         if episode % config.save_every == 0 or episode == config.episodes:
@@ -251,8 +245,7 @@ class _Trainer:
     def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
-        how = {"iterations": config.kmeans_iterations, "restarts": config.kmeans_restarts, "engine": config.kmeans_engine}
-        how |= {"tolerance": config.kmeans_tolerance, "balanced": config.kmeans_balanced}
+        how = {name: getattr(config, f"kmeans_{name}") for name in ("iterations", "restarts", "engine", "tolerance", "balanced")}
         how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
         if config.kmeans_warm_start:
             how["init"] = {name: record.teacher_centroids for name, record in before.items()}
@@ -319,7 +312,6 @@ class _Trainer:
                 raise FloatingPointError(f"{found}: take a lower lr; last good checkpoint: {self.run.latest or 'none yet'}")
             for name in parts:
                 self.row[name] += row[name] / self.steps
-        if row:
             self.bar.set_postfix_str(f"episode {row['episode']}: loss {row['loss']:.3f}", refresh=False)
         self.unread.clear()
         return row
@@ -348,30 +340,22 @@ class _Trainer:
     def _backward(self, images: Tensor, tokens: Tensor, part: slice, records: list) -> tuple[encoders.Outputs, dict]:
         """Gradient of one step, in one pass or in several whose negatives span them all, as open_clip's ``accum_freq``.
 
-        With several, the loss is differentiated once with respect to cached features, and each pass is made again to
-        carry its part of that gradient to the weights: exact where the forward pass is (no dropout; BatchNorm sees
-        one pass at a time). Source: GradCache (arXiv 2101.06983).
+        With several, each pass keeps its features alone and is made again when the gradient gets to it: exact where the
+        forward pass is (BatchNorm sees one pass at a time).
         """
         passes = self.config.accumulation
         if passes == 1:
             outputs = self.model(images, tokens)
             return outputs, self._differentiate(outputs, part, records)
-        chunks = list(zip(images.chunk(passes), tokens.chunk(passes), strict=True))
-        before = [buffer.clone() for buffer in self.bare.buffers()]
-        with torch.no_grad():
-            cached = [self.model(*chunk) for chunk in chunks]
-            # BatchNorm's running statistics move in the second pass alone.
-            for buffer, value in zip(self.bare.buffers(), before, strict=True):
-                buffer.copy_(value)
-        leaves = encoders.Outputs(*(torch.cat(parts).requires_grad_() for parts in zip(*cached, strict=True)))
-        parts = self._differentiate(leaves, part, records)
-        # Without heads or records some features, or both names of one, take no part in the loss.
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        for chunk, *parts_of in zip(chunks, *(g.chunk(passes) for g in gradients), strict=True):
-            outputs = self.model(*chunk)
-            pairs = [(o, g) for o, g in zip(outputs, parts_of, strict=True) if o.requires_grad]
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        return leaves, parts
+        chunks = zip(images.chunk(passes), tokens.chunk(passes), strict=True)
+        made = [checkpoint(self.model, *chunk, use_reentrant=False) for chunk in chunks]
+        outputs = encoders.Outputs(*map(torch.cat, zip(*made, strict=True)))
+        buffers = {buffer: buffer.clone() for buffer in self.bare.buffers()}
+        parts = self._differentiate(outputs, part, records)
+        for buffer, value in buffers.items():
+            # BatchNorm's running statistics moved in the first pass; not twice.
+            buffer.copy_(value)
+        return outputs, parts
 
     # --- helpers of the loop
 

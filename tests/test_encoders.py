@@ -12,7 +12,7 @@ from PIL import Image
 
 from protoclip_lab import encoders
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data.source import open_pairs
+from protoclip_lab.data.shapes import open_pairs
 
 CAPTIONS = ["a red circle", "zwei blaue Dreiecke, und noch viel mehr Wörter als in den Kontext passen " * 3]
 

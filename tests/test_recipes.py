@@ -7,9 +7,9 @@ import pytest
 
 from protoclip_lab import batch
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data.episodes import Episodes
+from protoclip_lab.data.batches import Episodes
 from protoclip_lab.data.pairs import index_tar
-from protoclip_lab.data.source import open_pairs
+from protoclip_lab.data.shapes import open_pairs
 
 RECIPES = sorted((Path(__file__).parents[1] / "notebooks" / "recipes").glob("*.yaml"))
 FOLDERS = {"flickr8k": "F", "cifar10": "C", "table": "t.tsv", "image_root": "images", "data_root": "D"}

@@ -1,4 +1,4 @@
-"""Batches of pairs: the method's two augmentations, and crops that depend on nothing but what they are for."""
+"""Which pairs make up an episode, and batches of them: two augmentations, crops that depend on nothing but what they are for."""
 
 import math
 import signal
@@ -8,14 +8,52 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from kornia import enhance, filters
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from protoclip_lab.data.pairs import Pairs
-from protoclip_lab.randomness import derive, torch_generator
+from protoclip_lab.randomness import derive, numpy_generator, torch_generator
+
+
+class Episodes:
+    """The sample ids of each episode, a function of (seed, episode) alone.
+
+    Passes over the table are shuffled one by one and laid end to end; episode e (from 1) is the e-th
+    stretch of ``size`` ids. Every sample is thus seen once before any is seen twice. Where an episode
+    begins in one pass and ends in the next, ids that it already holds are moved behind its end, so no
+    episode holds a sample twice.
+
+    Args:
+        rows: pairs in the table.
+        size: pairs in an episode; None takes the whole table.
+        seed: of the run.
+
+    Raises:
+        ValueError: the table is empty, or the episode is larger than the table.
+    """
+
+    def __init__(self, rows: int, size: int | None, seed: int) -> None:
+        size = rows if size is None else size
+        if not 1 <= size <= rows:
+            raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: take at most {rows}, or None for all")
+        self.rows, self.size, self.seed = rows, size, seed
+
+    def ids(self, episode: int) -> np.ndarray:
+        """Row numbers of the episode's pairs, (size,) int64, in the order they are learnt."""
+        first_pass, offset = divmod((episode - 1) * self.size, self.rows)
+        # The beginning of a pass depends on the end of the one before, unless an episode begins with it.
+        free_of_others = max(number for number in range(first_pass + 1) if number * self.rows % self.size == 0)
+        order = np.arange(0)
+        for number in range(free_of_others, first_pass + 2):
+            shuffled = numpy_generator(self.seed, "pass", number).permutation(self.rows)
+            taken = number * self.rows % self.size  # of this pass's first episode, by the pass before
+            free = np.flatnonzero(~np.isin(shuffled, order[self.rows - taken :]))[: self.size - taken]
+            # First what fills that episode without repeating itself, then the rest; both as shuffled.
+            before, order = order, np.concatenate([shuffled[free], np.delete(shuffled, free)])
+        return np.concatenate([before, order])[offset : offset + self.size]
 
 
 class Augmentation:
@@ -71,43 +109,19 @@ class Augmentation:
             rows = (due[:, kind] & (order[:, place] == kind)).nonzero()[:, 0]
             if len(rows):
                 value, rows = values[rows, kind].to(**there), rows.to(**there)
-                images[rows] = OPERATIONS[kind](images[rows], value.view(-1, 1, 1, 1))
+                images[rows] = OPERATIONS[kind](images[rows], value)
         return images.sub_(self.mean.to(**there)).div_(self.std.to(**there))
 
 
-def _brighten(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 1)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(v2.functional.rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True), images, factor).clamp_(0, 1)
-
-
-def _saturate(images: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(v2.functional.rgb_to_grayscale(images), images, factor).clamp_(0, 1)
-
-
-def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    value, top = images.max(dim=1, keepdim=True)
-    chroma = value - images.amin(dim=1, keepdim=True)
-    after, before = (images.gather(1, (top + k) % 3) for k in (1, 2))
-    # In sixths of the circle, from red; each channel is full within one sixth of its own place, and nought from two on.
-    hue = 2 * top + (after - before) / chroma.clamp(min=1e-12) + 6 * turns
-    beyond = (hue + torch.arange(5, 0, -2, device=images.device).view(3, 1, 1)) % 6
-    return value - chroma * torch.minimum(beyond, 4 - beyond).clamp_(0, 1)
-
-
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of 21 taps, reflected at the borders: a matrix per image and axis, which beats convolution at 64 pixels."""
-    taps = torch.softmax(-((torch.arange(-10, 11, device=images.device) / sigma[:, 0, 0]) ** 2) / 2, dim=1)
-    for _ in range(2):
-        unit = torch.eye(images.shape[3], device=images.device)
-        windows = F.pad(unit[None], (10, 10), mode="reflect")[0].unfold(1, 21, 1)
-        images = (images.flatten(1, 2) @ torch.einsum("iot,bt->bio", windows, taps)).view(images.shape).mT
-    return images
-
-
-OPERATIONS = (_brighten, _contrast, _saturate, _turn_hue, _saturate, _blur)
+# Brightness, contrast, saturation, hue, grey, blur: (n, 3, H, W) in [0, 1] and (n,) -> (n, 3, H, W), as torchvision's for one image.
+OPERATIONS = (
+    enhance.adjust_brightness_accumulative,
+    enhance.adjust_contrast_with_mean_subtraction,
+    enhance.adjust_saturation_with_gray_subtraction,
+    lambda images, turns: enhance.adjust_hue(images, 2 * math.pi * turns),
+    enhance.adjust_saturation_with_gray_subtraction,
+    lambda images, sigma: filters.gaussian_blur2d(images, 21, sigma[:, None].expand(-1, 2)),
+)
 UNTOUCHED = (1.0, 1.0, 1.0, 0.0, 1.0, 0.0)  # the value of each that leaves an image as it is
 
 
@@ -123,15 +137,12 @@ class Batches(Dataset):
         transforms: an augmentation, or PIL image -> tensor, by name.
         tokenizer: captions -> tokens.
         seed: of the run.
-        keep: remember decoded images until the next episode, for a second pass over this one.
-        cache_mib: how much of them each process remembers.
+        cache_mib: of decoded images, which each process remembers until the next episode, for a second pass over this one.
     """
 
-    def __init__(
-        self, pairs: Pairs, transforms: dict[str, Callable], tokenizer: Callable, seed: int, *, keep: bool = False, cache_mib: int = 512
-    ) -> None:
+    def __init__(self, pairs: Pairs, transforms: dict[str, Callable], tokenizer: Callable, seed: int, *, cache_mib: int = 0) -> None:
         self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
-        self.cache, self.episode = keep * cache_mib * 2**20, None
+        self.cache, self.episode = cache_mib * 2**20, None
 
     def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         name, purpose, episode, rows = wanted

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
+from protoclip_lab.data.pairs import Pairs, prepare
 from protoclip_lab.randomness import numpy_generator
 
 _OVERSAMPLING = 4  # masks are drawn at 4 x and averaged: anti-aliasing that Pillow's polygons lack
@@ -157,3 +158,19 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
     table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
     note.write_text(made, "utf-8")
     return table
+
+
+def open_pairs(output: str | Path, table: str = "shapes", *, size: int = 6000, image_size: int = 64, seed: int = 0, **options) -> Pairs:
+    """The pairs of a table, prepared in ``output/pairs`` unless they are already.
+
+    Args:
+        output: folder for what has to be made.
+        table: for :func:`protoclip_lab.data.pairs.prepare`; the word "shapes" draws the embedded world into
+            ``output`` and takes its training split.
+        size, image_size, seed: of that world.
+        options: the other arguments of ``prepare``.
+    """
+    if table == "shapes":
+        table = write(Path(output), size, seed=seed, image_size=image_size)
+        options |= {"image_root": table.with_name("images.tar"), "where": options.get("where") or {"split": "train"}}
+    return prepare(table, Path(output) / "pairs", **options)

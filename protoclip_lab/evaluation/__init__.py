@@ -4,7 +4,7 @@ Images against texts (zero-shot classification, retrieval, the modality gap), th
 their classes (probes learnt on train and counted on test, clusters, separation).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from torch import Tensor
 from protoclip_lab.clustering import kmeans
 from protoclip_lab.config import require
 from protoclip_lab.encoders import best_device
-from protoclip_lab.evaluation import arrays
-from protoclip_lab.evaluation.arrays import Estimate, Estimates, as_features, as_labels, estimate
-from protoclip_lab.randomness import numpy_generator
+from protoclip_lab.randomness import numpy_generator, torch_generator
 
+# Scores held at once by the blockwise measures: 2**24 float32 are 64 MiB.
+BLOCK_ELEMENTS = 2**24
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
 TIE = 1e-6
@@ -35,6 +35,143 @@ SILHOUETTE_ITEMS = 10_000
 COSTLY_DRAWS = 100
 # Of so many (class, cluster) cells chance agreement takes seconds: fewer resamples have to do.
 LARGE_TABLE, LARGE_DRAWS = 100_000, 20
+
+
+def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
+    """A NumPy array or tensor of one row per item -> (N, d) float32, on its device; float32 is not copied.
+
+    Raises:
+        ValueError: not two-dimensional, no rows, or NaN or Inf, with the first such row.
+    """
+    values = np.require(values, requirements="W") if isinstance(values, np.ndarray) else values  # torch warns of read-only memory
+    features = torch.as_tensor(values).detach().float()
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{name} has shape {tuple(features.shape)}: expected (rows, dimensions), at least one of each")
+    if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
+        raise ValueError(f"{name} has NaN or Inf, first in row {int(bad[0])}: unreadable, or the model has diverged")
+    return F.normalize(features, dim=1) if normalise else features
+
+
+def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
+    """Labels of any kind -> (rows,) array; ValueError when there is not one for each row."""
+    labels = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    if labels.shape != (rows,):
+        raise ValueError(f"{name} has shape {labels.shape}, its features have {rows} rows: one label a row is needed")
+    return labels
+
+
+def as_indices(values: Any, rows: int, below: int, name: str) -> Tensor:
+    """Whole numbers from 0 to ``below`` - 1 -> (rows,) int64; ValueError names the first that is not."""
+    indices = as_labels(values, rows, name)
+    if len(wrong := np.flatnonzero(~np.isin(indices, np.arange(below)))):
+        raise ValueError(f"{name} is {indices[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
+    return torch.from_numpy(indices.astype(np.int64))
+
+
+def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of images and texts, L2-normalised, and the image of each text, (M,) int64; None pairs row with row.
+
+    Raises:
+        ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
+    """
+    image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
+    pairs = range(len(text)) if image_of_caption is None else image_of_caption
+    if image.shape[1] != text.shape[1] or (image_of_caption is None and len(image) != len(text)):
+        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit, or image_of_caption is missing")
+    return image, text, as_indices(pairs, len(text), len(image), "image_of_caption").to(image.device)
+
+
+class Estimate(float):
+    """A value with the 95 % interval of a bootstrap over test items; a float wherever one is wanted.
+
+    Attributes:
+        low, high: the interval; NaN where none was asked for.
+    """
+
+    def __new__(cls, value: float, low: float = np.nan, high: float = np.nan) -> "Estimate":
+        estimate = super().__new__(cls, value)
+        estimate.low, estimate.high = float(low), float(high)
+        return estimate
+
+
+Estimates = dict[str, Estimate]
+
+
+def mean(found: Sequence[Estimates]) -> Estimates:
+    """By name the mean of values, and of both ends of their intervals."""
+    ends = {name: [[each[name], each[name].low, each[name].high] for each in found] for name in found[0]}
+    return {name: Estimate(*np.mean(values, axis=0)) for name, values in ends.items()}
+
+
+def estimate(under: Callable[[Tensor], dict[str, Tensor]], items: int, draws: int, seed: int, *, centred: bool = False) -> Estimates:
+    """Values of a measure, with percentile intervals over resamples of its items.
+
+    Args:
+        under: (B, items) float64 weights, how often each item counts -> a (B,) tensor for the name of each value.
+        draws: number of resamples; 0 makes no intervals.
+        seed: of the resamples, the same for every measure of as many items.
+        centred: for what is no plain mean: a resample repeats items, and so moves it (two clusterings seem to agree
+            better). The percentiles are then moved back by the distance of the draws' mean from the value.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 10 and 13.
+    """
+    found = {name: Estimate(value) for name, value in under(torch.ones(1, items, dtype=torch.float64)).items()}
+    generator, blocks = torch_generator(seed, "bootstrap"), []
+    size = max(1, BLOCK_ELEMENTS // items)
+    for start in range(0, draws, size):
+        picked = torch.randint(items, (min(size, draws - start), items), generator=generator)
+        blocks.append(under(torch.stack([row.bincount(minlength=items) for row in picked]).double()))
+    for name, value in found.items() if draws else ():
+        drawn = torch.cat([block[name] for block in blocks]).double()
+        edges = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        low, high = (edges + (value - drawn.nanmean() if centred else 0)).tolist()
+        found[name] = Estimate(value, min(low, value), max(high, value))  # a constant one may miss the value by a rounding
+    return found
+
+
+def resampled(weights: Tensor) -> list[np.ndarray]:
+    """The rows of each resample, one as often as it counts: (B, N) -> B arrays."""
+    return [np.repeat(np.arange(len(row)), row.int()) for row in weights]
+
+
+def class_sums(values: Tensor, classes: Any, count: int) -> Tensor:
+    """Columns added up by class, or captions by image: (B, N), (N,) int64 -> (B, count)."""
+    return values.new_zeros(len(values), count).index_add_(1, torch.as_tensor(classes), values)
+
+
+def pair_cosines(sphere: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the cosines, and number, of ordered pairs of different items; an item and its copies are none.
+
+    (N, d) L2-normalised, (B, N) how often each counts -> (2, B).
+    """
+    # The squared norm of the sum holds every ordered pair once, and each item with itself and its copies.
+    cosines = (weights @ sphere).square().sum(dim=1) - weights.square() @ sphere.square().sum(dim=1)
+    return torch.stack([cosines, weights.sum(dim=1).square() - weights.square().sum(dim=1)])
+
+
+def ratio(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means of what is counted; NaN where nothing is."""
+    return torch.where(counts > 0, sums / counts, torch.nan)
+
+
+def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, seed: int) -> Estimates:
+    """Percent correct by name, and the first's "mean_per_class": averaged over the classes among ``labels``.
+
+    Args:
+        correct: (N,) by name, bool or a share.
+        labels: (N,) of any kind.
+        draws, seed: see :func:`estimate`.
+    """
+    classes, index = np.unique(labels, return_inverse=True)
+    hits = {name: torch.from_numpy(values).double() for name, values in correct.items()}
+    first = next(iter(hits.values()))
+
+    def under(weights: Tensor) -> dict[str, Tensor]:
+        shares = {name: 100 * (weights @ values) / weights.sum(dim=1) for name, values in hits.items()}
+        per_class = class_sums(weights * first, index, len(classes)) / class_sums(weights, index, len(classes))
+        return {**shares, "mean_per_class": 100 * per_class.nanmean(dim=1)}
+
+    return estimate(under, len(labels), draws, seed)
 
 
 def classifier(encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -60,7 +197,7 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
         image: (N, d).
         classifier: (d, C), a column a class.
         labels: (N,) whole numbers, 0 to C - 1.
-        draws, seed: resamples of the images for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`.
+        draws, seed: resamples of the images for 95 % intervals, see :func:`~protoclip_lab.evaluation.estimate`.
 
     Returns:
         "top1"; "top5" (all classes where there are fewer than five, so 100); "mean_per_class": top-1 averaged
@@ -73,10 +210,10 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
     require(image.shape[1] == len(classifier), f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)} do not fit")
     classes = classifier.shape[1]
-    labels = arrays.as_indices(labels, len(image), classes, "labels").numpy()
-    top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, arrays.BLOCK_ELEMENTS // classes))]
+    labels = as_indices(labels, len(image), classes, "labels").numpy()
+    top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))]
     correct = torch.cat(top).cpu().numpy() == labels[:, None]
-    return arrays.accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)
+    return accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)
 
 
 def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, seed: int = 0) -> Estimates:
@@ -91,7 +228,7 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
         image_of_caption: (M,) row of ``image`` that each caption belongs to. An image without captions is a
             candidate, but asks for none.
         draws, seed: resamples of the images, each with its captions, for 95 % intervals; the candidates stay as they
-            are. See :func:`~protoclip_lab.evaluation.arrays.estimate`.
+            are. See :func:`~protoclip_lab.evaluation.estimate`.
 
     Returns:
         "image_to_text_R@1", "…@5", "…@10", "text_to_image_R@1", "…@5", "…@10", and "mean_recall", the mean of the six.
@@ -99,23 +236,23 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
     Raises:
         ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
     """
-    image, text, owner = arrays.as_pairs(image, text, image_of_caption)
+    image, text, owner = as_pairs(image, text, image_of_caption)
     own_score = (image[owner] * text).sum(dim=1)
     # Infinite where an image has no caption.
     best_own = own_score.new_full((len(image),), torch.inf).scatter_reduce(0, owner, own_score, "amax", include_self=False)
     # Wrong items that rank before the right one.
     before_image, before_text = (torch.zeros_like(scores, dtype=torch.int64) for scores in (best_own, own_score))
-    for rows in torch.arange(len(image), device=image.device).split(max(1, arrays.BLOCK_ELEMENTS // len(text))):
+    for rows in torch.arange(len(image), device=image.device).split(max(1, BLOCK_ELEMENTS // len(text))):
         scores = image[rows] @ text.T
         scores[rows[:, None] == owner] = -torch.inf
         before_image[rows] = (scores >= best_own[rows, None] - TIE).sum(dim=1)
         before_text += (scores >= own_score - TIE).sum(dim=0)
     owner, depths = owner.cpu(), torch.tensor(DEPTHS)
-    captions = arrays.class_sums(torch.ones(1, len(text), dtype=torch.float64), owner, len(image))[0]
+    captions = class_sums(torch.ones(1, len(text), dtype=torch.float64), owner, len(image))[0]
     asking = (captions > 0).double()
     # By image, (N, 3) and (N,): is its caption found at each depth, and how many of its captions find it; how many ask.
     to_text = (before_image.cpu()[:, None] < depths) * asking[:, None], asking
-    to_image = arrays.class_sums((before_text.cpu() < depths[:, None]).double(), owner, len(image)).T, captions
+    to_image = class_sums((before_text.cpu() < depths[:, None]).double(), owner, len(image)).T, captions
     names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in DEPTHS]
 
     def under(weights: Tensor) -> dict[str, Tensor]:
@@ -133,7 +270,7 @@ def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
         text: (M, d); M = N unless ``image_of_caption`` is given.
         image_of_caption: (M,) row of ``image`` that each caption belongs to; None pairs row with row.
         draws, seed: resamples of the images, each with its captions, for 95 % intervals, see
-            :func:`~protoclip_lab.evaluation.arrays.estimate`.
+            :func:`~protoclip_lab.evaluation.estimate`.
 
     Returns:
         - "gap": Euclidean distance of the two means.
@@ -147,7 +284,7 @@ def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053).
     """
-    image, text, owner = (part.cpu() for part in arrays.as_pairs(image, text, image_of_caption))
+    image, text, owner = (part.cpu() for part in as_pairs(image, text, image_of_caption))
     image, text = image.double(), text.double()
     cosines = (image[owner] * text).sum(dim=1)
 
@@ -156,7 +293,7 @@ def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
         for name, x, times in (("image", image, weights), ("text", text, weights[:, owner])):
             items = times.sum(dim=1, keepdim=True)
             means.append(times @ x / items)
-            found[f"{name}_self_similarity"] = arrays.ratio(*arrays.pair_cosines(x, times))
+            found[f"{name}_self_similarity"] = ratio(*pair_cosines(x, times))
             found[f"{name}_std"] = (times @ x.square() / items - means[-1].square()).clamp(min=0).sqrt().mean(dim=1)
         found["pair_similarity"] = times @ cosines / items[:, 0]
         return {"gap": (means[0] - means[1]).norm(dim=1), **found}
@@ -171,7 +308,7 @@ def separability(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
 
     Args and errors as :func:`modality_gap`. Returns "separability"; NaN for fewer than two images with captions.
     """
-    image, text, owner = arrays.as_pairs(image, text, image_of_caption)
+    image, text, owner = as_pairs(image, text, image_of_caption)
     images, first = np.unique(owner.cpu().numpy(), return_index=True)
     order = numpy_generator(seed, "separability").permutation(len(images))
     both = torch.stack([image[images[order]], text[first[order]]], dim=1).flatten(0, 1)
@@ -225,7 +362,7 @@ def linear_probe(
         train_y, test_y: (N,), (M,) labels of any one kind. A class that train lacks is never predicted.
         seed: of the split of train and of the resamples.
         scaling: "standardise" gives each dimension mean 0 and standard deviation 1 on train, "l2" each row norm 1.
-        draws: resamples of test for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`.
+        draws: resamples of test for 95 % intervals, see :func:`~protoclip_lab.evaluation.estimate`.
 
     Returns:
         "accuracy" and "mean_per_class" (over classes in test), percent; "strength", the one chosen.
@@ -253,7 +390,7 @@ def linear_probe(
     strength = STRENGTHS[np.argmax(scores)]
     weights = _fit(x, y, strength, weights, iterations=500, tolerance=1e-6)
     predicted = classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()]
-    return {**arrays.accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
+    return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
 
 
 def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0) -> Estimates:
@@ -263,9 +400,9 @@ def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, dr
     :func:`linear_probe`. Returns "accuracy" and "mean_per_class", percent.
     """
     x, y, classes, test_x, test_y = _checked(train_x, train_y, test_x, test_y, normalise=True)
-    nearest = [(block @ x.T).topk(min(k, len(x)), dim=1).indices for block in test_x.split(max(1, arrays.BLOCK_ELEMENTS // len(x)))]
+    nearest = [(block @ x.T).topk(min(k, len(x)), dim=1).indices for block in test_x.split(max(1, BLOCK_ELEMENTS // len(x)))]
     predicted = classes[y[torch.cat(nearest)].cpu().mode(dim=1).values.numpy()]
-    return arrays.accuracy({"accuracy": predicted == test_y}, test_y, draws, seed)
+    return accuracy({"accuracy": predicted == test_y}, test_y, draws, seed)
 
 
 def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, normalise: bool) -> tuple:
@@ -291,7 +428,7 @@ def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: in
     solver = torch.optim.LBFGS([weights], max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe")
 
     # In blocks of rows: the logits of a million rows and a thousand classes would not fit beside the features.
-    rows = max(1, 4 * arrays.BLOCK_ELEMENTS // len(start))
+    rows = max(1, 4 * BLOCK_ELEMENTS // len(start))
 
     def objective() -> Tensor:
         solver.zero_grad()
@@ -326,7 +463,7 @@ def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0,
     k = len(np.unique(as_labels(labels, len(features), "labels"))) if k is None else k
     runs = [agreement(kmeans(features, k, seed=start).labels, labels, draws=draws, seed=seed) for start in range(seed, seed + seeds)]
     spread = {f"{name}_sd": Estimate(np.std([run[name] for run in runs], ddof=1)) for name in runs[0]} if seeds > 1 else {}
-    return arrays.mean(runs) | spread
+    return mean(runs) | spread
 
 
 def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> Estimates:
@@ -335,7 +472,7 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     Args:
         assignments: (N,) cluster of each item, of any kind.
         labels: (N,) class of each item, of any kind.
-        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`; at
+        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.estimate`; at
             most 100, and 20 where classes times clusters are more than 100,000.
 
     Returns:
@@ -359,7 +496,7 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     scores["purity"] = lambda *pair: metrics.cluster.contingency_matrix(*pair).max(axis=0).sum() / rows
 
     def under(weights: Tensor) -> dict[str, Tensor]:
-        pairs = [(known[resample], found[resample]) for resample in arrays.resampled(weights)]
+        pairs = [(known[resample], found[resample]) for resample in resampled(weights)]
         return {name: torch.from_numpy(np.array([score(*pair) for pair in pairs])) for name, score in scores.items()}
 
     draws = min(draws, LARGE_DRAWS if (known.max() + 1) * (found.max() + 1) > LARGE_TABLE else COSTLY_DRAWS)
@@ -373,7 +510,7 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
     Args:
         features: (N, d), taken as given by the three indices, L2-normalised by the similarities.
         labels: (N,) of any kind.
-        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.arrays.estimate`; at
+        draws, seed: resamples of the items for 95 % intervals, see :func:`~protoclip_lab.evaluation.estimate`; at
             most 100 but for the silhouette.
 
     Returns:
@@ -391,11 +528,11 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
     sphere = torch.nn.functional.normalize(x.double(), dim=1)
 
     def under(weights: Tensor) -> dict[str, Tensor]:
-        same = sum(arrays.pair_cosines(sphere[y == c], weights[:, y == c]) for c in range(len(classes)))
-        within, between = arrays.ratio(*same), arrays.ratio(*(arrays.pair_cosines(sphere, weights) - same))
+        same = sum(pair_cosines(sphere[y == c], weights[:, y == c]) for c in range(len(classes)))
+        within, between = ratio(*same), ratio(*(pair_cosines(sphere, weights) - same))
         found = {"within_similarity": within, "between_similarity": between, "similarity_ratio": within / between}
         for name in ("davies_bouldin", "calinski_harabasz"):
-            found[name] = torch.tensor([_index(f"{name}_score", x.numpy()[r], y[r]) for r in arrays.resampled(weights)])
+            found[name] = torch.tensor([_index(f"{name}_score", x.numpy()[r], y[r]) for r in resampled(weights)])
         return found
 
     found = estimate(under, len(x), min(draws, COSTLY_DRAWS), seed, centred=True)

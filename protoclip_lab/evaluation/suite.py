@@ -121,7 +121,7 @@ def evaluate(
     options = {"features": features, "records": records, "scaling": scaling, "seed": seed, "draws": draws}
     for measure, given, tests, train in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
         parts = [_measured(measure, given, test, train, **options) for test in tests]
-        for key, found in evaluation.arrays.mean(parts).items():
+        for key, found in evaluation.mean(parts).items():
             name = key if key == measure else f"{measure}_{key}"
             value, low, high = (None if np.isnan(x) else float(x) for x in (found, found.low, found.high))  # JSON knows no NaN
             rows.append({"dataset": given.name, "measure": name, "value": value, "low": low, "high": high})

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip_lab import clustering, encoders, losses
-from protoclip_lab.data.episodes import Episodes
+from protoclip_lab.data.batches import Episodes
 from protoclip_lab.randomness import torch_generator
 from protoclip_lab.training import train
 

@@ -15,7 +15,7 @@ from . import data, measure
 # What tells the arms apart; all else they share, the augmentation too.
 ARMS = {
     "clip": {"objective": "clip"},
-    "rolling": {"objective": "protoclip", "prototypes": "rolling", "kmeans_warm_start": True, "kmeans_tolerance": 1e-3},
+    "rolling": {"objective": "protoclip", "prototypes": "rolling", "visits": 2},
     "faithful": {"objective": "protoclip", "prototypes": "episode"},
 }
 WARM_UP = 2  # the first episode is InfoNCE alone in every arm; the second, the first with prototypes, warms up

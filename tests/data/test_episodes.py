@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from protoclip_lab.data.episodes import Episodes
+from protoclip_lab.data.batches import Episodes
 
 
 @pytest.mark.parametrize("rows, size", [(10, 4), (10, 10), (12, 4), (7, 5), (100, 33), (5, 4), (1000, 999)])

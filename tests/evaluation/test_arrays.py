@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 
 from protoclip_lab import evaluation
-from protoclip_lab.evaluation import arrays
 
 
 def flat(found):
@@ -20,7 +19,7 @@ def flat(found):
 def written_out(measure, items, draws, seed, centred=False):
     """As ``flat``, each resample as real copies of its items: ``measure`` takes the rows drawn and gives a dict."""
     seen = []
-    arrays.estimate(lambda weights: seen.extend(weights) or {"": weights[:, 0]}, items, draws, seed)
+    evaluation.estimate(lambda weights: seen.extend(weights) or {"": weights[:, 0]}, items, draws, seed)
     value, *drawn = (measure(np.repeat(np.arange(items), weights.long())) for weights in seen)
     found = {}
     for name in value:
@@ -40,26 +39,26 @@ VALUES = np.random.default_rng(0).lognormal(size=80)
 def test_interval_of_a_mean_equals_scipy_percentiles():
     options = {"n_resamples": 5000, "method": "percentile", "rng": np.random.default_rng(1)}
     expected = stats.bootstrap((VALUES,), np.mean, **options).confidence_interval
-    found = arrays.estimate(mean_of(VALUES), 80, 5000, seed=0)[""]
+    found = evaluation.estimate(mean_of(VALUES), 80, 5000, seed=0)[""]
     # A percentile of 5,000 draws is off by about 0.04 standard errors.
     assert [found.low, found.high] == pytest.approx([*expected], abs=0.2 * stats.sem(VALUES))
     assert found == pytest.approx(VALUES.mean(), abs=1e-12)
 
 
 def test_interval_does_not_depend_on_blocks(monkeypatch):
-    whole = flat(arrays.estimate(mean_of(VALUES), 80, 100, 3))
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", 7 * 80)
-    assert flat(arrays.estimate(mean_of(VALUES), 80, 100, 3)) == pytest.approx(whole, abs=1e-12)
+    whole = flat(evaluation.estimate(mean_of(VALUES), 80, 100, 3))
+    monkeypatch.setattr(evaluation, "BLOCK_ELEMENTS", 7 * 80)
+    assert flat(evaluation.estimate(mean_of(VALUES), 80, 100, 3)) == pytest.approx(whole, abs=1e-12)
 
 
 def test_estimate_is_a_float():
-    found = arrays.Estimate(0.25, 0.125, 0.5)
+    found = evaluation.Estimate(0.25, 0.125, 0.5)
     assert isinstance(found, float) and found + 1 == 1.25 and json.dumps({"value": found}) == '{"value": 0.25}'
 
 
 def test_interval_of_an_accuracy_holds_the_truth_in_95_of_100_test_sets():
     rng = np.random.default_rng(0)
-    found = [arrays.accuracy({"": rng.random(200) < 0.7}, np.zeros(200), 400, seed)[""] for seed in range(500)]
+    found = [evaluation.accuracy({"": rng.random(200) < 0.7}, np.zeros(200), 400, seed)[""] for seed in range(500)]
     assert 0.92 <= np.mean([value.low <= 70 <= value.high for value in found]) <= 0.975  # three standard errors of 0.95
 
 
@@ -93,10 +92,10 @@ def test_every_value_lies_in_its_interval_which_the_seed_fixes(name):
 
 EYE, ONES = np.eye(3), np.ones((3, 3))
 REFUSED = [
-    (arrays.as_features, (ONES[:, :0], "image"), "expected .rows, dimensions., at least one of each"),
-    (arrays.as_features, (np.ones(3), "image"), "expected .rows, dimensions., at least one of each"),
-    (arrays.as_features, ([[1], [np.nan]], "image"), "image has NaN or Inf, first in row 1"),
-    (arrays.as_features, ([[1], [np.inf]], "image"), "image has NaN or Inf, first in row 1"),
+    (evaluation.as_features, (ONES[:, :0], "image"), "expected .rows, dimensions., at least one of each"),
+    (evaluation.as_features, (np.ones(3), "image"), "expected .rows, dimensions., at least one of each"),
+    (evaluation.as_features, ([[1], [np.nan]], "image"), "image has NaN or Inf, first in row 1"),
+    (evaluation.as_features, ([[1], [np.inf]], "image"), "image has NaN or Inf, first in row 1"),
     (evaluation.zero_shot, (ONES, ONES[:2], [0] * 3), r"image \(3, 3\) and classifier \(2, 3\)"),
     (evaluation.zero_shot, (ONES, EYE, [0] * 2), r"labels has shape \(2,\), its features have 3 rows"),
     (evaluation.zero_shot, (ONES, EYE, [0, 3, 0]), "labels is 3 in row 1: expected whole numbers from 0 to 2"),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from protoclip_lab import evaluation
-from protoclip_lab.evaluation import arrays, knn, linear_probe
+from protoclip_lab.evaluation import knn, linear_probe
 from protoclip_lab.randomness import numpy_generator
 
 SCALERS = {"standardise": StandardScaler, "l2": Normalizer}
@@ -62,7 +62,7 @@ def test_linear_probe_equals_scikit_learn_at_its_strength_in_value_and_interval(
 
 @pytest.mark.parametrize("block", [47, 2**24])  # 47 rows of 4 logits: the last of six blocks is short
 def test_fit_in_any_blocks_reaches_the_minimum_of_the_stated_objective(monkeypatch, block):
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(evaluation, "BLOCK_ELEMENTS", block)
     train_x, train_y, _, _ = problem()
     x = torch.linalg.svd(torch.from_numpy(train_x - train_x.mean(axis=0)).double(), full_matrices=False)
     x, y = x.U * x.S, torch.from_numpy(train_y)  # principal axes
@@ -127,7 +127,7 @@ def test_constant_features_predict_the_commonest_class(scaling):
 @pytest.mark.parametrize("block", [1, 2**24])
 @pytest.mark.parametrize("k", [1, 2, 20, 1000])
 def test_knn_equals_scikit_learn_in_value_and_interval(monkeypatch, k, block):
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(evaluation, "BLOCK_ELEMENTS", block)
     train_x, train_y, test_x, test_y = problem(7)
     train_y, test_y = WORDS[train_y], WORDS[test_y]
     predicted = neighbours(train_x, train_y, test_x, k)

@@ -11,7 +11,7 @@ from sklearn.metrics import recall_score, top_k_accuracy_score
 from test_arrays import flat, written_out
 
 from protoclip_lab import evaluation
-from protoclip_lab.evaluation import arrays, zero_shot
+from protoclip_lab.evaluation import zero_shot
 
 
 def tokenize(texts):
@@ -45,7 +45,7 @@ def problem(rows):
 
 @pytest.mark.parametrize("block", [1, 2**24])
 def test_value_and_interval_equal_scikit_learn_also_where_a_resample_lacks_a_class(monkeypatch, block):
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(evaluation, "BLOCK_ELEMENTS", block)
     image, weights, labels, scores = problem(60)
     assert np.bincount(labels)[1:].min() < 3
 

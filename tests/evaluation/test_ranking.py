@@ -6,7 +6,8 @@ import torch
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from test_arrays import flat, written_out
 
-from protoclip_lab.evaluation import arrays, retrieval
+from protoclip_lab import evaluation
+from protoclip_lab.evaluation import retrieval
 
 NAMES = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
@@ -42,7 +43,7 @@ def problem(captions, images=37):
 @pytest.mark.parametrize("block", [1, 200, 2**24])
 @pytest.mark.parametrize("captions", [1, 3, 5])
 def test_recall_equals_clip_benchmark(monkeypatch, block, captions):
-    monkeypatch.setattr(arrays, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(evaluation, "BLOCK_ELEMENTS", block)
     image, text, owner = problem(captions)
     scores = torch.from_numpy(scores_of(image, text))
     pairs = torch.arange(37)[:, None] == torch.from_numpy(owner)

@@ -123,7 +123,7 @@ def extract(captions, model, **options):
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
     """The table itself stands for how it is opened."""
-    monkeypatch.setattr(teachers.source, "open_pairs", lambda output, table: table)
+    monkeypatch.setattr(teachers.shapes, "open_pairs", lambda output, table: table)
 
 
 def build(table, model, folder, **options):

@@ -170,8 +170,8 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         out: the report folder, by default ``reports/<recipe>``.
 
     Raises:
-        ValueError: an unknown recipe, notebook or parameter, with the nearest valid one; a recipe parameter left without
-            a value; settings of 03_train that TrainConfig refuses.
+        ValueError: an unknown recipe, with those there are; an unknown notebook or parameter, with the nearest valid one; a
+            recipe parameter left without a value; settings of 03_train that TrainConfig refuses.
     """
     # the current folder's notebooks, else those of the checkout this package belongs to
     home = (Path.cwd() if Path("notebooks").is_dir() else Path(__file__).resolve().parents[1]) / "notebooks"
@@ -188,7 +188,7 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
 
     notebooks = {p.stem: p for p in sorted(home.glob("[0-9]*.ipynb"))}
     out = Path(out or home.parent / "reports" / path.stem).resolve()
-    known, planned = own, []
+    known, planned = dict(own), []
     for step, given in document.items():
         source = step.partition(":")[0]
         _check([source], [*notebooks, "parameters"], path.name)
@@ -196,10 +196,11 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         has = [name for name in notebook_parameters(notebooks[source]) if name != folder]
         given = dict(given or {})
         common, arms, grid = (given.pop(section, None) or {} for section in SECTIONS)
-        common |= given
+        common = common | given
+        grid = {axis: own.get(values.strip("{}"), values) if isinstance(values, str) else values for axis, values in grid.items()}
         for names in (common, grid, *arms.values()):
             _check(names or (), has + SECTIONS, f"{path.name}: {step}")
-        for use, parameters, read in _uses(common, arms, _resolve(grid, own, step)[0], has, planned):
+        for use, parameters, read in _uses(common, arms, grid, has, planned):
             use = use.strip("/") or ("run" if source == TRAIN else "")
             name, output = f"{step}/{use}".rstrip("/"), out / step.replace(":", "_") / use
             require(all(s.output != output for s in planned), f"{path.name}: two runs would both write to {output}; rename one")

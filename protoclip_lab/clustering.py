@@ -162,7 +162,7 @@ def _torch_kmeans(
         objective = math.inf
         for _ in range(iterations):
             labels = assign(centroids)
-            before, objective = objective, _objective(features, labels, centroids)
+            before, objective = objective, _objective(features, labels, centroids) if tolerance else math.inf
             if tolerance and objective > before * (1 - tolerance):
                 break
             # An empty cluster takes half of one drawn in proportion to its size. On the host: faiss 1.8 does it for NumPy alone.

@@ -113,8 +113,8 @@ class TrainConfig(Settings):
     kmeans_restarts: int = Field(3, ge=1, description="independent starts of which the best is kept")
     kmeans_engine: Literal["auto", "faiss", "torch"] = Field("auto", description="who computes k-means")
     kmeans_warm_start: bool = Field(False, description="begin from the last centroids, with one start")
-    kmeans_tolerance: float = Field(0.0, ge=0, le=1, description="stop when an iteration gains less than this share")
-    kmeans_balanced: bool = Field(False, description="clusters of about one size, by Sinkhorn as in SwAV")
+    kmeans_tolerance: float = Field(0.0, ge=0, le=1, description="stop when an iteration gains less (torch, faiss 1.15)")
+    kmeans_balanced: bool = Field(False, description="clusters of about one size, by Sinkhorn; labels on the fly are the nearest")
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
@@ -149,6 +149,7 @@ class TrainConfig(Settings):
         for k in self.teacher_ks().values():
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
+        require(self.visits == 1 or self.cluster_every == 1, "visits above 1 need cluster_every = 1: clusters of their own")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")

@@ -131,8 +131,9 @@ class _Trainer:
             self.model.compile()
         self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
-        transforms, twice = {"train": self.crop, "eval": model.eval_transform}, bool(self.teachers and not self.buffer)
-        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, cache_mib=512 * twice)
+        transforms = {"train": self.crop, "eval": model.eval_transform}
+        twice = self.teachers and not self.buffer and config.extraction_transform == "train"  # are images read alike in an episode
+        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, cache_mib=512 if twice else 0)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
@@ -185,12 +186,16 @@ class _Trainer:
     def _episode(self, episode: int) -> None:
         config = self.config
         drawn, self.visit = divmod(episode - 1, config.visits)
-        self.ids, order = self.episodes.ids(drawn + 1), np.arange(self.steps * self.width)
-        if self.visit:  # the same pairs in other batches
-            order = numpy_generator(config.seed, "visit", episode).permutation(order)
+        self.ids = self.episodes.ids(drawn + 1)
+        order = np.arange(self.steps * self.width if self.buffer else len(self.ids))
+        # Visited again, the same pairs come in other batches.
+        order = numpy_generator(config.seed, "visit", episode).permutation(order) if self.visit else order
         # Of each pair in the order it is learnt, its place in the order of what was clustered.
         self.places = torch.from_numpy(order if self.buffer else np.arange(len(order))).to(self.device)
-        self.ids = self.ids[order] if self.visit or self.buffer else self.ids
+        self.ids = self.ids[order]
+        # On the device once an episode: a step that fetched its own would wait for them.
+        own = {"dtype": torch.float32, "device": self.device}
+        self.outside = {name: torch.as_tensor(table[self.ids], **own) for name, table in self.external.items()}
         if episode >= (config.lit_start_episode or math.inf):
             self.bare.clip.visual.requires_grad_(False)
         teaching, fresh = self._teaching(episode)
@@ -207,8 +212,7 @@ class _Trainer:
             self._learn(episode, teaching)
         if self.buffer and all(self._teaching(episode + 1)):
             with self._timed("cluster"):
-                external = {name: self._stored(name, self.ids[self.places.argsort().cpu()]) for name in self.external}
-                self._construct(self.buffer | external)
+                self._construct(self.buffer | {name: found[self.places.argsort()] for name, found in self.outside.items()})
         if config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
@@ -240,7 +244,7 @@ class _Trainer:
         batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
         # Of the four outputs the last two, h_I and h_T.
         image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
-        return {"image": image, "text": text} | {name: self._stored(name, self.ids) for name in self.external}
+        return {"image": image, "text": text} | self.outside
 
     def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
@@ -327,7 +331,7 @@ class _Trainer:
         students = {"image": outputs.image_projection, "text": outputs.text_projection}
         known = {name: feature.detach() for name, feature in students.items()}
         if any(record.carried for record in records):
-            known |= {name: self._stored(name, self.ids[part]) for name in self.external}
+            known |= {name: found[part] for name, found in self.outside.items()}
         for record in records:
             labels = record.labels_of(self.places[part], known.get(record.teacher))
             loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
@@ -397,10 +401,6 @@ class _Trainer:
             self.row["time/wait"] += time.perf_counter() - begin
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch[:2])
             yield self.crop.finish(images, batch[2]).contiguous(memory_format=torch.channels_last), tokens
-
-    def _stored(self, teacher: str, rows: np.ndarray) -> Tensor:
-        """External teacher features of some rows of the table."""
-        return torch.from_numpy(np.asarray(self.external[teacher][rows], dtype=np.float32)).to(self.device)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", row)

@@ -223,6 +223,23 @@ def test_a_recipe_parameter_left_open_comes_from_the_environment(lab: Path, monk
     assert plan("name=given")["02_extract_teacher:minilm"].parameters["model"] == "given"
 
 
+def test_a_step_named_in_a_grid_is_one_it_reads_from_and_shared_settings_stay_as_they_are(lab: Path) -> None:
+    write_recipe(
+        lab,
+        """
+01_prepare_data: {size: 3}
+02_extract_teacher: {grid: {table: ["{01_prepare_data}/pairs"]}}
+03_train:one: {common: &shared {episodes: 2}, lr: 0.5}
+03_train:two: {common: *shared}
+""",
+    )
+    _, teacher, one, two = batch.plan("tiny")[0]
+    assert [step.name for step in teacher.upstream] == ["01_prepare_data"] and teacher.parameters["table"].endswith(
+        "01_prepare_data/pairs"
+    )
+    assert one.parameters["lr"] == 0.5 and "lr" not in two.parameters
+
+
 def test_an_unknown_recipe_is_refused_with_those_there_are(lab: Path) -> None:
     with pytest.raises(ValueError, match=r"recipe 'tyni' is neither a file nor one of \['tiny'\]"):
         batch.plan("tyni")

@@ -144,6 +144,19 @@ def test_a_later_visit_learns_the_same_pairs_by_the_labels_of_their_own_clusters
             assert labels.tolist() == [label_of_row[row] for row in learnt.tolist()]
 
 
+def test_visits_to_clusters_of_other_pairs_are_refused(run):
+    with pytest.raises(ValueError, match="visits above 1 need cluster_every = 1"):
+        run(prototypes="rolling", visits=2, cluster_every=2)
+
+
+def test_a_later_visit_of_the_faithful_form_clusters_the_whole_episode_again(run, watched):
+    steps, made = watched
+    run(visits=2, episode_size=40, k=36, batch_size=16, episodes=4)
+    assert [(step, len(features["image"])) for step, features in made] == [(2, 40), (4, 40), (6, 40)]
+    learnt = [set(torch.cat([rows for _, _, rows in steps[first : first + 2]]).tolist()) for first in (0, 2)]
+    assert len(learnt[0] | learnt[1]) <= 40 and learnt[0] != learnt[1]  # the tail of the first visit has its turn
+
+
 def test_rolling_without_warm_up_extracts_once(run, watched):
     steps, made = watched
     rows = run(prototypes="rolling", infonce_warmup_episodes=0, episodes=2).metrics()

@@ -54,7 +54,6 @@ def loss_cases(batch: int, k: int, d: int, seed: int, device: str = "cpu") -> di
     occupied = torch.rand(k, generator=torch_generator(seed, "occupied")) > 0.01
     labels = occupied.nonzero()[:, 0][torch.randint(int(occupied.sum()), (batch,), generator=torch_generator(seed, "y"))]
     features, centroids, teachers, occupied, labels = (t.to(device) for t in (features, centroids, teachers, occupied, labels))
-    # Only of the clusters in the batch: what is made once an episode is no part of the step.
     # Once an episode and so no part of the step; here of the batch's clusters alone.
     soft = F.softmax(losses.masked(teachers[labels] @ teachers.T / TEMPERATURE, occupied), dim=1)
     targets = soft @ centroids

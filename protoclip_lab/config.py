@@ -65,7 +65,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the towers")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and faiss; None leaves torch's choice")
     workers: int = Field(1, ge=0, description="processes that read and augment images")
-    compile: bool = Field(False, description="torch.compile the towers: pays on GPUs and for long runs")
+    compile: bool = Field(False, description="torch.compile the towers; takes a minute, see reports/LOG.md")
 
     # --- data
     table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes draws its own")

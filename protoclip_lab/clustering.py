@@ -1,11 +1,12 @@
 """K-means over an episode's features, and prototypical back translation: pure functions of features."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState, utils
 from torch import Tensor
 
 from protoclip_lab.config import require
@@ -36,6 +37,7 @@ def kmeans(
     tolerance: float = 0.0,
     balanced: bool = False,
     engine: str = AUTO,
+    share_above: int | None = None,
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 
@@ -55,6 +57,9 @@ def kmeans(
             nearest centroids, and the engine is "torch".
         engine: "faiss" (CPU, and GPUs with the GPU build), "torch" (blocked, on the features' device), or
             "auto": faiss, except on a GPU for which faiss has no build.
+        share_above: given by all processes of a group that call this at once, with the same features: where N·k is
+            above it, each assigns a part of the rows in every iteration (by the engine "torch"); below, the first
+            process clusters and the others receive. None is for one process alone.
 
     Returns:
         :class:`Clusters` on the features' device.
@@ -66,12 +71,20 @@ def kmeans(
     require(1 <= k <= len(features), f"k = {k} clusters cannot be made of {len(features)} rows")
     if len(bad := (~torch.isfinite(features).all(dim=1)).nonzero()):
         raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf")
+    together = share_above is not None and PartialState().num_processes > 1
+    shared = together and len(features) * k > share_above
     if engine == AUTO:
         import faiss
 
         engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
-    run = {"faiss": _faiss_kmeans, "torch": partial(_torch_kmeans, balanced=balanced)}["torch" if balanced else engine]
-    labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init, tolerance)
+    by_torch = partial(_torch_kmeans, assign=partial(_assign, balanced=balanced, shared=shared))
+    run = {"faiss": _faiss_kmeans, "torch": by_torch}["torch" if balanced or shared else engine]
+    if shared or not together or PartialState().is_main_process:
+        labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init, tolerance)
+    else:
+        labels, centroids = features.new_empty(len(features), dtype=torch.int64), features.new_empty(k, features.shape[1])
+    if together:
+        labels, centroids = utils.broadcast([labels, centroids])
     return Clusters(labels, centroids, torch.bincount(labels, minlength=k), _objective(features, labels, centroids))
 
 
@@ -147,13 +160,20 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     return tuple(torch.from_numpy(found).to(features.device) for found in (engine.assign(array)[1], engine.centroids))
 
 
+def _assign(features: Tensor, centroids: Tensor, *, balanced: bool, shared: bool) -> Tensor:
+    penalty = balance(features, centroids) if balanced else None
+    if not shared:
+        return nearest(features, centroids, penalty)
+    # Labels are what is passed on, not sums of features: all processes hold all features, and their sums stay the same bits.
+    state, each = PartialState(), -(-len(features) // PartialState().num_processes)
+    part = torch.arange(each * state.process_index, each * (state.process_index + 1), device=features.device) % len(features)
+    return utils.gather(nearest(features[part], centroids, penalty))[: len(features)]
+
+
 def _torch_kmeans(
-    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, *, balanced: bool
+    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, *, assign: Callable
 ) -> tuple:
     from faiss.contrib.clustering import reassign_centroids
-
-    def assign(centroids: Tensor) -> Tensor:
-        return nearest(features, centroids, balance(features, centroids) if balanced else None)
 
     found = []
     for restart in range(restarts):
@@ -161,7 +181,7 @@ def _torch_kmeans(
         centroids = features[draws.permutation(len(features))[:k]] if init is None else init.to(features)
         objective = math.inf
         for _ in range(iterations):
-            labels = assign(centroids)
+            labels = assign(features, centroids)
             before, objective = objective, _objective(features, labels, centroids) if tolerance else math.inf
             if tolerance and objective > before * (1 - tolerance):
                 break
@@ -169,5 +189,5 @@ def _torch_kmeans(
             means = back_translate(labels, features, k).cpu().numpy()
             reassign_centroids(torch.bincount(labels, minlength=k).cpu().numpy(), means, draws)
             centroids = torch.from_numpy(means).to(features.device)
-        found.append((assign(centroids), centroids))
+        found.append((assign(features, centroids), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))

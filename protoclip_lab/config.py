@@ -65,6 +65,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast precision of the towers")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch and faiss; None leaves torch's choice")
     workers: int = Field(1, ge=0, description="processes that read and augment images")
+    processes: int = Field(1, ge=1, description="of this machine, which share each batch; torchrun brings its own")
     compile: bool = Field(False, description="torch.compile the towers; takes a minute, see reports/LOG.md")
 
     # --- data
@@ -113,15 +114,17 @@ class TrainConfig(Settings):
     kmeans_restarts: int = Field(3, ge=1, description="independent starts of which the best is kept")
     kmeans_engine: Literal["auto", "faiss", "torch"] = Field("auto", description="who computes k-means")
     kmeans_warm_start: bool = Field(False, description="begin from the last centroids, with one start")
+    kmeans_share_above: int = Field(10**8, ge=0, description="pairs times k from which processes share a clustering")
     kmeans_tolerance: float = Field(0.0, ge=0, le=1, description="stop when an iteration gains less (torch, faiss 1.15)")
     kmeans_balanced: bool = Field(False, description="clusters of about one size, by Sinkhorn; labels on the fly are the nearest")
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
+    extraction_precision: Literal["as_trained", "bf16"] = Field("as_trained", description="autocast of the extraction")
     cluster_every: int = Field(1, ge=1, description="episodes between clusterings; between them labels are on the fly")
 
     # --- optimisation
-    batch_size: int = Field(64, ge=2, description="pairs in a forward pass")
+    batch_size: int = Field(64, ge=2, description="pairs in a forward pass, of all processes together")
     accumulation: int = Field(1, ge=1, description="forward passes in a step; the alignment loss spans all of them")
     lr: float = Field(1e-3, ge=0, description="base learning rate")
     warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
@@ -131,6 +134,10 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
     betas: list[float] | None = Field(None, description="AdamW betas; None goes by the image tower's kind")
     eps: float | None = Field(None, ge=0, description="AdamW eps; None goes by the image tower's kind")
+    grad_checkpointing: bool = Field(False, description="make activations again in the backward pass: less memory")
+    sync_batchnorm: bool = Field(True, description="BatchNorm statistics over all processes; on GPUs")
+    local_loss: bool = Field(False, description="each process compares its own samples with all, not all with all")
+    gather_with_grad: bool = Field(True, description="gradient through features gathered from other processes")
     grad_clip: float = Field(10.0, ge=0, description="largest gradient norm; 0 does not clip")
 
     # --- watching

@@ -121,6 +121,6 @@ def save(records: Sequence[Prototypes], folder: Path) -> None:
 
 def load(checkpoint: str | Path, device: torch.device | str = "cpu") -> list[Prototypes]:
     """The prototypes in force when a checkpoint was written; none for plain CLIP."""
-    tensors = load_file(Path(checkpoint, "prototypes.safetensors"), device=str(device))
+    tensors = {name: value.to(device) for name, value in load_file(Path(checkpoint, "prototypes.safetensors")).items()}
     about = json.loads(Path(checkpoint, "prototypes.json").read_text())
     return [Prototypes(**{key: tensors[f"{i}/{key}"] for key in TENSORS}, **named, carried=True) for i, named in enumerate(about)]

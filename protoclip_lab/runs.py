@@ -4,11 +4,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from protoclip_lab.data import pairs, shapes
 from protoclip_lab.storage import write_json, write_text
 
 # These may change when a run is resumed: none has a say in weights or metrics.
-FREE = {"workers", "save_every", "tensorboard", "wandb", "run", "draw_every"}
+FREE = {"workers", "processes", "save_every", "tensorboard", "wandb", "run", "draw_every"}
 CHECKSUMS = "checksums.json"
 
 
@@ -106,6 +108,14 @@ class Run:
         """Add one row to a ``.jsonl`` file of the run."""
         with (self.path / file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+    def last_row(self) -> dict[str, Any]:
+        """The last whole row of the metrics; empty before the first."""
+        path = self.path / "metrics.jsonl"
+        with path.open("rb") if path.exists() else BytesIO() as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2**16))
+            rows = stream.read().split(b"\n")
+        return json.loads(rows[-2]) if len(rows) > 1 else {}
 
     def truncate(self, step: int, checkpoint: str) -> None:
         """Drop what was logged after a step and a checkpoint: the resumed run writes it again."""

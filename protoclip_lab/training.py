@@ -1,24 +1,29 @@
 """The episode loop: extract, construct prototypes, learn."""
 
 import json
+import logging
 import math
+import os
 import shutil
 import signal
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, state, tracking
+from accelerate import Accelerator, InitProcessGroupKwargs, state, tracking
+from accelerate.utils.other import get_free_port
 from filelock import FileLock
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, multiprocessing, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -31,6 +36,9 @@ from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
 from protoclip_lab.storage import write_json
+
+# Of open_clip's, at each step.
+warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,11 +62,56 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
             holds what was learnt; a second one stops at once, without.
     """
     config = TrainConfig.model_validate(config)
-    run = Run.create(config)
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _share_out(config, after_row)
+    # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    # Processes wait for the first while it clusters, evaluates and saves; that one has died is seen by who started them.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    options = {"mixed_precision": config.precision.replace("fp32", "no"), "cpu": config.device == "cpu"}
+    accelerator = Accelerator(**options, kwargs_handlers=[patience])
+    with accelerator.main_process_first():
+        run = Run.create(config) if accelerator.is_main_process else Run(config.run)
     if not run.finished:
-        with FileLock(run.path / "only_one_process_trains.lock", timeout=0):
-            _Trainer(config, run, after_row).fit()
+        lock = FileLock(run.path / "only_one_process_trains.lock", timeout=0)
+        with lock if accelerator.is_main_process else nullcontext():
+            _Trainer(config, run, accelerator, after_row).fit()
     return run
+
+
+def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> Run:
+    """Train in ``config.processes`` processes of this machine; the first that fails takes the others down."""
+    run, seen = Run.create(config), {}
+    pairs_of(run)
+    started = multiprocessing.start_processes(_one_of_many, (config, get_free_port()), config.processes, join=False)
+    with tqdm(total=config.episodes, desc=f"{run.path.name}, {config.processes} processes", unit="episode") as bar:
+        try:
+            while not started.join(timeout=1):
+                if (row := run.last_row()) != seen:
+                    seen = row
+                    bar.update(row["episode"] - (row["kind"] == "step") - bar.n)
+                    bar.set_postfix_str(f"step {row['step']}")
+                    if after_row:
+                        after_row(run)
+        except BaseException:
+            for process in started.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGINT)
+            for process in started.processes:
+                process.join()
+            raise
+    return run
+
+
+def _one_of_many(rank: int, config: TrainConfig, port: int) -> None:
+    # An interrupt reaches them by the process that started them, once.
+    os.setsid()
+    threads = max(1, torch.get_num_threads() // config.processes)
+    torch.set_num_threads(threads)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.processes, "LOCAL_WORLD_SIZE": config.processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    train(config)
 
 
 def learning_rate(step: int, base: float, start: int, end: int, warmup: int) -> float:
@@ -91,19 +144,24 @@ def parameter_groups(model: encoders.TwoTowers, weight_decay: float) -> list[dic
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, run: Run, after_row: Callable[[Run], Any] | None) -> None:
-        self.config, self.run, self.after_row = config, run, after_row
+    def __init__(self, config: TrainConfig, run: Run, accelerator: Accelerator, after_row: Callable[[Run], Any] | None) -> None:
+        self.config, self.run, self.accelerator, self.after_row = config, run, accelerator, after_row
+        self.main, self.rank, self.processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
         if config.threads:
             torch.set_num_threads(config.threads)
-        # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=config.device == "cpu")
-        self.device = self.accelerator.device
+        self.device = accelerator.device
         there = config.device in ("auto", self.device.type)
         require(there, f"device = {config.device!r} is not there; the nearest valid value is {self.device.type!r}")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
-        self.pairs = pairs_of(run)
-        shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
+        nearest = config.batch_size // self.processes * self.processes
+        require(
+            nearest == config.batch_size,
+            f"batch_size = {config.batch_size} in {self.processes} parts: the nearest valid value is {nearest}",
+        )
+        with accelerator.main_process_first():
+            self.pairs = pairs_of(run)
+        if self.main:
+            shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
         require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
@@ -116,7 +174,8 @@ class _Trainer:
             shape = self.steps * self.width, config.projection_dim
             self.buffer = {name: torch.zeros(shape, device=self.device) for name in prototypes.STUDENTS}
         self.unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # metrics of steps that are still on the device
-        self.step, self.interrupted, checkpoint = 0, 0, run.latest  # steps done in all; the next one when asked to stop
+        # Steps done in all; the next one when this process was asked to stop, and when all know it.
+        self.step, self.asked, self.interrupted, checkpoint = 0, 0, 0, run.latest
         # A resumed run takes towers, transform and tokenizer from its checkpoint, and fetches no pretrained weights.
         own = {} if checkpoint is None else {"model": f"local-dir:{checkpoint}", "pretrained": "", "text_model": ""}
         self.bare = model = encoders.create(config.model_copy(update=own))
@@ -125,22 +184,34 @@ class _Trainer:
         eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
         # The layout convolutions run fastest in, on CPUs and GPUs alike.
         model.to(self.device).clip.visual.to(memory_format=torch.channels_last)
+        if config.grad_checkpointing:
+            model.clip.set_grad_checkpointing()
+        if self.processes > 1 and config.sync_batchnorm and self.device.type == "cuda":
+            model = self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif self.processes > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and self.main:
+            logging.getLogger(__name__).warning("each of the %d processes has BatchNorm statistics of its own", self.processes)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, betas=tuple(betas), eps=eps, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Not wrapped in DistributedDataParallel, which refuses what heads make and no loss asks for, as in warm-up: see _average.
+        self.model = accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         if config.compile:
             self.model.compile()
-        self.alignment = SigLipLoss() if config.alignment == "siglip" else ClipLoss()
+        world = {"rank": self.rank, "world_size": self.processes}
+        clip_loss = ClipLoss(config.local_loss, config.gather_with_grad, **world)
+        self.alignment = SigLipLoss(**world, dist_impl="gather") if config.alignment == "siglip" else clip_loss
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         transforms = {"train": self.crop, "eval": model.eval_transform}
-        twice = self.teachers and not self.buffer and config.extraction_transform == "train"  # are images read alike in an episode
-        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, cache_mib=512 if twice else 0)
+        extracted = self.teachers and not self.buffer and config.extraction_transform == "train"
+        again = {"visits": config.visits, "cache_mib": 512 if extracted or config.visits > 1 else 0}  # the same images, read alike
+        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, **again)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
         self._begin()
         if checkpoint is not None:
             self._restore(checkpoint)
-        run.truncate(self.step, checkpoint.name if checkpoint else "")
+        if self.main:
+            run.truncate(self.step, checkpoint.name if checkpoint else "")
 
     # --- the loop
 
@@ -156,7 +227,8 @@ class _Trainer:
             # Written when TensorBoard sees fit: accelerate would at every step, which costs a twentieth of the time.
             self.accelerator.get_tracker("tensorboard", unwrap=True).flush = lambda: None
         before = signal.signal(signal.SIGINT, self._interrupt)
-        with tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=1) as self.bar:
+        hidden = not self.main or config.processes > 1  # who started several processes has a bar of its own
+        with tqdm(total=total, initial=self.step, desc=name, unit="step", mininterval=1, disable=hidden) as self.bar:
             try:
                 while self.step < total:
                     self._episode(self.step // self.steps + 1)
@@ -164,18 +236,21 @@ class _Trainer:
                 name = checkpoint_name(*divmod(self.step, self.steps))
                 self._flush()
                 if self.step and not (self.run.path / "checkpoints" / name).exists():
-                    self.run.save(name, self._write)
+                    self._save(name)
                 raise
             finally:
                 signal.signal(signal.SIGINT, before)
                 self.accelerator.end_training()
-        write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
+        if self.main:
+            write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         """Stop after the step in progress; asked again, at once."""
-        if self.interrupted:
+        if self.asked:
             raise KeyboardInterrupt(signum)
-        self.interrupted = self.step + 1
+        self.asked = self.step + 1
+        if self.processes == 1:
+            self.interrupted = self.asked
 
     def _begin(self) -> None:
         """What an episode adds up, while none of its steps is done: its row of the metrics, and moments."""
@@ -213,11 +288,11 @@ class _Trainer:
         if self.buffer and all(self._teaching(episode + 1)):
             with self._timed("cluster"):
                 self._construct(self.buffer | {name: found[self.places.argsort()] for name, found in self.outside.items()})
-        if config.evaluate_every and episode % config.evaluate_every == 0:
+        if self.main and config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
                 record_evaluations(self.run.path, [{"checkpoint": checkpoint_name(episode), **found} for found in rows])
-        if config.draw_every and episode % config.draw_every == 0:
+        if self.main and config.draw_every and episode % config.draw_every == 0:
             self._draw(episode)
         mean, square = self.moments
         std = (square - mean.square()).clamp(min=0).sqrt().mean(dim=1)
@@ -229,7 +304,7 @@ class _Trainer:
         self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **spread})
         self._begin()
         if episode % config.save_every == 0 or episode == config.episodes:
-            self.run.save(checkpoint_name(episode), self._write)
+            self._save(checkpoint_name(episode))
 
     def _teaching(self, episode: int) -> tuple[bool, bool]:
         """Whether prototypes teach in an episode, and whether they are new ones."""
@@ -240,16 +315,22 @@ class _Trainer:
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
         self.model.eval()
-        stretches = np.split(self.ids, range(self.config.batch_size, len(self.ids), self.config.batch_size))
-        batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
-        # Of the four outputs the last two, h_I and h_T.
-        image, text = map(torch.cat, zip(*(self.model(*batch)[2:] for batch in batches), strict=True))
+        # Each process takes an equal part; some of the first pairs fill up the last, and go again.
+        own = np.resize(self.ids, (self.processes, -(-len(self.ids) // self.processes)))[self.rank]
+        size = self.config.batch_size // self.processes
+        stretches, transform = np.split(own, range(size, len(own), size)), self.config.extraction_transform
+        found, lower = [], self.config.extraction_precision == "bf16"
+        for batch in self._read(stretches, transform=transform, purpose="extract", episode=episode):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+                found.append(self.model(*batch)[2:])  # of the four outputs the last two, h_I and h_T
+        image, text = (self.accelerator.gather(torch.cat(parts))[: len(self.ids)] for parts in zip(*found, strict=True))
         return {"image": image, "text": text} | self.outside
 
     def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
-        how = {name: getattr(config, f"kmeans_{name}") for name in ("iterations", "restarts", "engine", "tolerance", "balanced")}
+        names = ("iterations", "restarts", "engine", "tolerance", "balanced", "share_above")
+        how = {name: getattr(config, f"kmeans_{name}") for name in names}
         how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
         if config.kmeans_warm_start:
             how["init"] = {name: record.teacher_centroids for name, record in before.items()}
@@ -274,14 +355,17 @@ class _Trainer:
         visual = self.bare.clip.visual
         # Locked means locked: BatchNorm statistics too.
         visual.train(any(p.requires_grad for p in visual.parameters()))
-        stretches = np.split(self.ids[: self.steps * self.width], self.steps)[self.step % self.steps :]
-        for images, tokens in self._read(stretches, transform="train", purpose="learn", episode=episode):
-            step, start = self.step, self.step % self.steps * self.width
+        # Of each forward pass of a step, the process's own part.
+        shape = self.steps, self.config.accumulation, self.processes, -1
+        own = np.arange(self.steps * self.width).reshape(shape)[:, :, self.rank].reshape(self.steps, -1)[self.step % self.steps :]
+        batches = self._read([*self.ids[own]], transform="train", purpose="learn", episode=episode)
+        for part, (images, tokens) in zip(torch.from_numpy(own).to(self.device), batches, strict=True):
+            step = self.step
             rates = self._set_learning_rates(step)
-            # For dropout and the like, if the towers have any.
-            torch.manual_seed(derive(self.config.seed, "step", step))
-            part = slice(start, start + self.width)
+            # For dropout and the like, if the towers have any; in each process another.
+            torch.manual_seed(derive(self.config.seed, "step", step + self.rank * self.steps * self.config.episodes))
             outputs, parts = self._backward(images, tokens, part, self.records if teaching else [])
+            self._average()
             # Without grad_clip too: the norm is a metric.
             parts["grad_norm"] = self.accelerator.clip_grad_norm_(self.bare.parameters(), self.config.grad_clip or math.inf)
             self.optimizer.step()
@@ -296,8 +380,9 @@ class _Trainer:
             if step % self.config.log_every == 0:
                 self._record(self._flush())
             self.bar.update()
+            gather = self.accelerator.gather
             for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
-                self.buffer[name][self.places[part]] = feature.detach()
+                self.buffer[name][gather(self.places[part])] = gather(feature.detach())
         self._flush()
 
     def _flush(self) -> dict[str, Any]:
@@ -307,7 +392,12 @@ class _Trainer:
             The last step's.
         """
         row: dict[str, Any] = {}
-        values = torch.stack([torch.stack([*parts.values()]) for _, parts in self.unread]).tolist() if self.unread else []
+        # Of all processes; what is the same in all stays as it is.
+        self.moments = self.accelerator.reduce(self.moments, "mean")
+        if self.processes > 1 and self.accelerator.reduce(torch.tensor(float(self.asked), device=self.device)) > 0:
+            self.interrupted = self.step
+        values = [torch.stack([*parts.values()]) for _, parts in self.unread]
+        values = self.accelerator.reduce(torch.stack(values), "mean").tolist() if values else []
         for (about, parts), found in zip(self.unread, values, strict=True):
             row = about | dict(zip(parts, found, strict=True))
             # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
@@ -402,7 +492,17 @@ class _Trainer:
             images, tokens = (part.to(self.device, non_blocking=True) for part in batch[:2])
             yield self.crop.finish(images, batch[2]).contiguous(memory_format=torch.channels_last), tokens
 
+    def _average(self) -> None:
+        """The mean gradient over the processes, in one message."""
+        if self.processes > 1:
+            gradients = [p.grad for p in self.bare.parameters() if p.grad is not None]
+            mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, values in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(values.view_as(gradient))
+
     def _record(self, row: dict[str, Any]) -> None:
+        if not self.main:
+            return
         self.run.append("metrics.jsonl", row)
         prefix = "episode/" if row["kind"] == "episode" else ""
         self.accelerator.log({prefix + key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
@@ -428,6 +528,11 @@ class _Trainer:
         keep(seen.joint_map(), self.run.path, f"joint_episode_{episode:04d}")
 
     # --- state
+
+    def _save(self, name: str) -> None:
+        if self.main:
+            self.run.save(name, self._write)
+        self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path) -> None:
         encoders.save(self.bare, folder)

@@ -167,3 +167,27 @@ def authors_checkpoint(
     for module in (clip, *heads):
         module.eval()
     return clip, image_head, text_head
+
+
+def group_member(rank: int, size: int, port: int, settings: dict[str, Any], death: tuple[str, int] | None) -> None:
+    """Train as one of a gloo group; with ``death`` the last member kills itself the n-th time that TwoTowers does so."""
+    import os
+    from unittest import mock
+
+    from protoclip_lab import encoders, training
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    # The server that forks them has long had its own.
+    os.dup2(os.open(f"{settings['run']}.{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    name, last = death or ("clamp_scales", 0)
+    real, calls = getattr(encoders.TwoTowers, name), iter(range(1, 10**6))
+
+    def fatal(*args: Any) -> Any:
+        if next(calls) == last and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    with mock.patch.object(encoders.TwoTowers, name, fatal):
+        training.train(settings)

@@ -137,18 +137,21 @@ class Batches(Dataset):
         transforms: an augmentation, or PIL image -> tensor, by name.
         tokenizer: captions -> tokens.
         seed: of the run.
-        cache_mib: of decoded images, which each process remembers until the next episode, for a second pass over this one.
+        visits: episodes in a row that are of the same pairs.
+        cache_mib: of decoded images, which each process remembers until other pairs come, for a second pass over these.
     """
 
-    def __init__(self, pairs: Pairs, transforms: dict[str, Callable], tokenizer: Callable, seed: int, *, cache_mib: int = 0) -> None:
+    def __init__(
+        self, pairs: Pairs, transforms: dict[str, Callable], tokenizer: Callable, seed: int, *, visits: int = 1, cache_mib: int = 0
+    ) -> None:
         self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
-        self.cache, self.episode = cache_mib * 2**20, None
+        self.cache, self.visits, self.drawn = cache_mib * 2**20, visits, None
 
     def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         name, purpose, episode, rows = wanted
         transform, found = self.transforms[name], []
-        if episode != self.episode:
-            self.images, self.episode, self.room = {}, episode, self.cache
+        if (drawn := (episode - 1) // self.visits) != self.drawn:
+            self.images, self.drawn, self.room = {}, drawn, self.cache
         with torch.random.fork_rng(devices=[]):
             for row in rows:
                 image = self._image(row, getattr(transform, "at_least", 0))

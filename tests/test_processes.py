@@ -123,7 +123,8 @@ def script(tmp_path):
     def start(settings, *command):
         file = tmp_path / "train.yaml"
         file.write_text(yaml.safe_dump(settings))
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # The latter, or torchrun's restarts may meet addresses of the processes before (pytorch issue 135712).
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, "start_new_session": True}
         return subprocess.Popen([sys.executable, "-m", *command, "protoclip_lab", "train", str(file)], **how)
 

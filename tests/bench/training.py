@@ -17,6 +17,7 @@ ARMS = {
     "clip": {"objective": "clip"},
     "rolling": {"objective": "protoclip", "prototypes": "rolling", "visits": 2},
     "faithful": {"objective": "protoclip", "prototypes": "episode"},
+    "faithful, extraction in bf16": {"objective": "protoclip", "prototypes": "episode", "extraction_precision": "bf16"},
 }
 WARM_UP = 2  # the first episode is InfoNCE alone in every arm; the second, the first with prototypes, warms up
 
@@ -67,7 +68,7 @@ def arms(
     *,
     episode_size: int = 1500,
     k: int = 200,
-    timed: int = 3,
+    timed: int = 4,
     rounds: int = 3,
     seed: int = 0,
     synthetic: bool = False,
@@ -77,6 +78,7 @@ def arms(
 ) -> dict[str, Any]:
     """Wall-clock per sample of CLIP and of ProtoCLIP, rolling and faithful, in turn.
 
+    An even number of timed episodes holds both visits of the rolling arm's pairs alike.
     Counted: all between the ends of episodes, so extraction, clustering, learning, waiting and the checkpoint of each.
     Not counted: the start, episode 1 (InfoNCE alone in all arms) and episode 2 (warm-up), the external teacher's features.
     """

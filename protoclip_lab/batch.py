@@ -17,7 +17,6 @@ A recipe maps steps, in the order they run, to the parameters of their notebooks
 """
 
 import base64
-import contextlib
 import csv
 import io
 import itertools
@@ -30,7 +29,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 import yaml
 from jinja2 import Environment, FileSystemLoader
@@ -106,13 +104,12 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         out: the report folder, by default ``reports/<recipe>``.
 
     Raises:
-        ValueError: an unknown recipe, with those there are; an unknown notebook or parameter, with the nearest valid one; a
-            recipe parameter left without a value; settings of 03_train that TrainConfig refuses.
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown notebook or parameter, with the nearest valid one; a recipe parameter left without a value;
+            settings of 03_train that TrainConfig refuses.
     """
     home = Path("notebooks").resolve()
-    recipes = {path.stem: path for path in sorted(home.glob("recipes/*.yaml"))}
-    path = recipes.get(str(recipe), Path(recipe))
-    require(path.is_file(), f"recipe {recipe!r} is neither a file nor one of {[*recipes]} in {home}/recipes")
+    path = Path(recipe) if Path(recipe).is_file() else home / "recipes" / f"{recipe}.yaml"
     out = Path(out or Path("reports", path.stem)).resolve()
     text, document = path.read_text("utf-8"), read_settings(path)
     own = dict(document.get("parameters") or {})
@@ -125,7 +122,6 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         # with its quotes where it is the whole text: a number stays one
         text = text.replace(f'"{{{name}}}"', json.dumps(value))
         text = text.replace(f"{{{name}}}", json.dumps(str(value))[1:-1])
-    _check(re.findall(r"{(\d\d_[\w:.-]+)}", text), known, f"{path.name}: a parameter names no step")
     document = yaml.safe_load(text)
     document.pop("parameters", None)
 
@@ -198,19 +194,17 @@ def _run_step(step: Step, title: str) -> None:
 def _embedded(path: Path) -> str:
     """A picture or animation as an address that holds it; WebP takes a quarter of the bytes of PNG."""
     buffer = io.BytesIO()
-    # one that a kill cut off in mid-write is missing from the page, not the page
-    with contextlib.suppress(OSError), Image.open(path) as picture:
+    with Image.open(path) as picture:
         picture.save(buffer, "WEBP", quality=75, save_all=True, duration=picture.info.get("duration", 0))
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _write_index(recipe: str, steps: list[Step], out: Path) -> None:
     """One page over the whole recipe: headline table, pictures side by side over the runs, how it was run."""
-    titles = {step.notebook.stem: nbformat.read(step.notebook, 4).cells[0].source.partition("\n")[0].lstrip("# ") for step in steps}
     tables = [list(csv.reader(path.read_text("utf-8").splitlines())) for step in steps for path in step.output.glob("comparison.csv")]
     environments = [json.loads(path.read_text("utf-8")) for step in steps for path in step.output.glob("environment.json")]
     arms = {re.sub(r"_?seed=\d+", "", run.output.name): TrainConfig(**run.parameters) for run in steps if run.notebook.stem == TRAIN}
-    about = {"recipe": recipe, "steps": steps, "titles": titles, "tables": tables, "environments": environments, "arms": arms}
+    about = {"recipe": recipe, "steps": steps, "tables": tables, "environments": environments, "arms": arms}
     template = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True).get_template("index.html.j2")
     page = template.render(about, out=out, embedded=_embedded, defaults=TrainConfig())
     out.mkdir(parents=True, exist_ok=True)

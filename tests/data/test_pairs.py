@@ -110,7 +110,9 @@ def test_bad_rows_are_counted_listed_and_skipped(folder, caplog):
 
 def test_too_many_bad_rows_stop_with_the_first_of_them(folder):
     table = write(folder, "filepath\ttitle\n0.jpg\tgood\ngone.jpg\tbad\n1.jpg\tgood\n")
-    with pytest.raises(ValueError, match=r"1 of 3 rows .* are left out, .*max_bad_share = 5.0%: row 3 gone.jpg: unreadable image: .*No such file"):
+    with pytest.raises(
+        ValueError, match=r"1 of 3 rows .* are left out, .*max_bad_share = 5.0%: row 3 gone.jpg: unreadable image: .*No such file"
+    ):
         read(table)
     assert "gone.jpg" in (folder / "out" / "bad_rows.jsonl").read_text() and not (folder / "out" / "pairs.json").exists()
     assert len(read(table, max_bad_share=0.34)) == 2
@@ -273,7 +275,9 @@ def test_what_is_not_in_the_folder_or_tar_is_missing(folder, root):
     table = write(folder, "filepath\ttitle\n0.jpg\ta\ngone.jpg\tb\n")
     found = read(table, image_root=folder / root, max_bad_share=0.5)
     assert found.captions == ["a"]
-    assert json.loads((found.folder / "bad_rows.jsonl").read_text())["reason"].startswith("unreadable image: [Errno 2]" if root == "images" else "unreadable image: [Errno 20]")
+    assert json.loads((found.folder / "bad_rows.jsonl").read_text())["reason"].startswith(
+        "unreadable image: [Errno 2]" if root == "images" else "unreadable image: [Errno 20]"
+    )
 
 
 def test_other_columns_stay_whatever_they_are_called(folder):

@@ -46,6 +46,7 @@ def _watch(run: str, given: dict) -> None:
     for rows in call(suite.watch, {"run": run, **given}, suite.evaluate_checkpoint, suite.evaluate):
         if sys.stdout.isatty():
             print("\033[2J\033[H", end="")  # the table stands in its place
+        print(f"{run}: {rows['checkpoint'].nunique()} checkpoints evaluated")
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 

@@ -10,9 +10,12 @@ watch RUN            evaluate each checkpoint of a run as it appears, until the 
 """
 
 import argparse
+import logging
 import signal
 import sys
 from pathlib import Path
+
+import yaml
 
 from protoclip_lab import batch
 from protoclip_lab.config import TrainConfig, call
@@ -20,15 +23,15 @@ from protoclip_lab.runs import headlines
 
 
 def _run(recipe: str, given: dict) -> None:
-    for caught in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(caught, batch.stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: papermill interrupts its kernel and takes it down
+    logging.getLogger("asyncio").disabled = True  # would tell of the task that was interrupted
     print(f"report: {batch.run(recipe, out=given.pop('output', None), overrides=given)}")
 
 
 def _train(config: str, given: dict) -> None:
     from protoclip_lab import training
 
-    training.train(TrainConfig(**batch.read_mapping(Path(config)) | given))
+    training.train(TrainConfig(**batch.read_settings(Path(config)) | given))
 
 
 def _evaluate(checkpoint: str, given: dict) -> None:
@@ -47,6 +50,12 @@ def _watch(run: str, given: dict) -> None:
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 
+def _parameter(text: str) -> tuple[str, object]:
+    """``name=value`` as a name and a YAML value."""
+    name, value = text.split("=", 1)
+    return name, yaml.safe_load(value)
+
+
 def main() -> None:
     """Parse the command line and go; exit status 1 on an error, 130 when stopped."""
     # what is not given is not there
@@ -57,13 +66,12 @@ def main() -> None:
     parser.add_argument("--out", dest="output", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
     parser.add_argument("--data-root", metavar="FOLDER", help="folder of the sets known by name")
     parser.add_argument("--datasets", metavar="NAME", nargs="+", help="sets under it: cifar10 coco2017 ... (all)")
-    parser.add_argument("--measures", metavar="NAME", nargs="+", help="zero_shot retrieval ... (all)")
-    parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", type=batch.read_parameter, help="see above")
-    given = vars(parser.parse_args())
-    command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
+    parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", type=_parameter, help="see above")
     try:
+        given = vars(parser.parse_args())
+        command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
         {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[command](what, given | dict(settings))
-    except (OSError, ValueError, ArithmeticError, batch.StepFailed) as error:
+    except (OSError, ValueError, ArithmeticError, yaml.YAMLError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command continues from there", file=sys.stderr)

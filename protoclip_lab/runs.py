@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ class Run:
         if (path / "config.json").exists():
             found = cls(path).config.model_dump(mode="json")
             other = [name for name in wanted if name not in FREE and found[name] != wanted[name]]
-            if listed := ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other):
-                raise ValueError(f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", wanted)
-        if not (path / "environment.json").exists():
+            listed = ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other)
+            require(not listed, f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
             write_json(path / "environment.json", _environment(config))
+        write_json(path / "config.json", wanted)
         return cls(path)
 
     @property
@@ -119,10 +120,8 @@ class Run:
 
     def truncate(self, step: int, checkpoint: str) -> None:
         """Drop what was logged after a step and a checkpoint: the resumed run writes it again."""
-        metrics, evaluation = self.path / "metrics.jsonl", self.path / "evaluation.jsonl"
-        _write_rows(metrics, [row for row in _read_rows(metrics) if row["step"] <= step])
-        with FileLock(self.path / "evaluation.lock"):
-            _write_rows(evaluation, [row for row in _read_rows(evaluation) if row["checkpoint"] <= checkpoint])
+        _rewrite(self.path / "metrics.jsonl", lambda rows: [row for row in rows if row["step"] <= step])
+        _rewrite(self.path / "evaluation.jsonl", lambda rows: [row for row in rows if row["checkpoint"] <= checkpoint])
 
     def save(self, name: str, write: Callable[[Path], None]) -> Path:
         """A checkpoint: ``write`` fills a folder that gets its checksums and is renamed into place last.
@@ -150,11 +149,8 @@ def checkpoint_name(episode: int, step: int = 0) -> str:
 def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Add rows to a folder's ``evaluation.jsonl`` and return all; a measure taken again replaces its last value."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A training and a watcher may write at once.
-    with FileLock(folder / "evaluation.lock"):
-        known = {(r["checkpoint"], r["dataset"], r["measure"]): r for r in [*_read_rows(folder / "evaluation.jsonl"), *rows]}
-        _write_rows(folder / "evaluation.jsonl", known.values())
-    return _evaluations(known.values())
+    keys = itemgetter("checkpoint", "dataset", "measure")
+    return _evaluations(_rewrite(folder / "evaluation.jsonl", lambda old: {keys(row): row for row in [*old, *rows]}.values()))
 
 
 def pairs_of(run: Run) -> pairs.Pairs:
@@ -185,7 +181,7 @@ class Comparison:
 
     Args:
         runs: run folders, evaluated.
-        output: folder for ``comparison.csv`` and ``values.csv``, the two tables below; empty writes none.
+        output: folder for ``comparison.csv`` and ``values.csv``, the two tables below.
         measures: endings of the names to show, such as "top1"; none takes the field's headline measures.
 
     Attributes:
@@ -200,28 +196,25 @@ class Comparison:
         ValueError: a run without evaluations.
     """
 
-    def __init__(self, runs: Sequence[str | Path], output: str | Path = "", measures: Sequence[str] = ()) -> None:
-        self.runs = [Run(run) for run in runs]
-        rows, cells = [], []
+    def __init__(self, runs: Sequence[str | Path], output: str | Path, measures: Sequence[str] = ()) -> None:
+        self.runs, tables = [Run(run) for run in runs], []
         for run in self.runs:
             require(len(found := run.evaluations()), f"{run.path} has no evaluations: run 05_evaluate on it first")
-            arm, newest = re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name, found["checkpoint"].max()
-            last = found[found["checkpoint"] == newest].assign(arm=arm, measure=found["dataset"] + ": " + found["measure"])
-            about = {"run": run.path.name, "arm": arm, "seed": run.config.seed, "checkpoint": newest}
-            rows.append(about | dict(zip(last["measure"], last["value"], strict=True)))
-            cells.append(last)
-        self.values = pd.DataFrame(rows)
+            last = found[found["checkpoint"] == found["checkpoint"].max()]
+            about = {"run": str(run.path), "arm": re.sub(r"_?seed=\d+", "", run.path.name) or run.path.name, "seed": run.config.seed}
+            tables.append(last.assign(**about, measure=last["dataset"] + ": " + last["measure"]))
+        rows = pd.concat(tables)
+        self.values = rows.pivot_table("value", [*about, "checkpoint"], "measure", sort=False).reset_index()
         self.shown = [name for name in self.values.columns[4:] if name.endswith(tuple(measures or [f": {m}" for m in HEADLINES]))]
-        cells = pd.concat(cells).groupby(["measure", "arm"])[["value", "low", "high"]].apply(_cell)
+        cells = rows.groupby(["measure", "arm"])[["value", "low", "high"]].apply(_cell)
         table = cells.unstack(fill_value="").loc[self.shown, self.values["arm"].unique()]
         by_seed = self.values.groupby(["arm", "seed"])[self.shown].mean()
         baseline, *others = sorted(table, key=lambda arm: arm != "clip")
         above = [_differences(by_seed.loc[arm], by_seed.loc[baseline], f"{arm} − {baseline}") for arm in others]
         self.table = table.join(above).fillna("")
-        if output:
-            Path(output).mkdir(parents=True, exist_ok=True)
-            self.table.to_csv(Path(output) / "comparison.csv")
-            self.values.to_csv(Path(output) / "values.csv", index=False)
+        Path(output).mkdir(parents=True, exist_ok=True)
+        self.table.to_csv(Path(output) / "comparison.csv")
+        self.values.to_csv(Path(output) / "values.csv", index=False)
 
     def curves(self) -> pd.DataFrame:
         """Episode metrics of the runs, one after the other, told apart by column "run"."""
@@ -248,8 +241,12 @@ def _evaluations(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return table.astype({"value": float, "low": float, "high": float})
 
 
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _rewrite(path: Path, change: Callable[[list[dict]], Iterable[dict]]) -> Iterable[dict]:
+    # A training and a watcher may write at once.
+    with FileLock(f"{path}.lock"):
+        rows = change(_read_rows(path))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def _read_rows(path: Path) -> list[dict]:

@@ -25,6 +25,7 @@ from protoclip_lab import __main__, batch
 
 PYTHON_PATH = str(Path(batch.__file__).resolve().parents[1])
 LOG = 'from pathlib import Path\nwith open("log.txt", "a") as log:\n    log.write(Path({folder}).name + "\\n")\n'
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 NOTEBOOKS = {
     "01_prepare_data": ('output = "x"\nsize = 10  # type: int pairs', LOG.format(folder="output")),
     "02_extract_teacher": (
@@ -67,7 +68,7 @@ def write_notebook(root: Path, name: str, parameters: str, *code: str) -> Path:
     ]
     path = root / "notebooks" / f"{name}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(v4.new_notebook(cells=cells), path)
+    nbformat.write(v4.new_notebook(cells=cells, metadata=KERNEL), path)
     return path
 
 
@@ -87,7 +88,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def given(*parameters: str) -> dict[str, object]:
-    return dict(map(batch.read_parameter, parameters))
+    return dict(map(__main__._parameter, parameters))
 
 
 def plan(*overrides: str) -> dict[str, batch.Step]:
@@ -138,7 +139,7 @@ def test_notebooks_with_a_run_or_checkpoint_get_each_run_and_those_with_runs_get
     assert [step.parameters["run"] for name, step in steps.items() if name.startswith("04_gap/")] == runs
     assert [step.output.name for step in evaluated] == [Path(run).name for run in runs]
     assert steps["06_compare"].parameters["runs"] == runs
-    assert set(steps["06_compare"].upstream) == {s for n, s in steps.items() if n[:2] in {"03", "04", "05"}}
+    assert steps["06_compare"].upstream == list(steps.values())[:-1]
 
 
 def test_a_run_named_in_the_recipe_is_taken_instead(lab: Path) -> None:
@@ -185,7 +186,6 @@ def test_overrides_reach_step_arm_and_grid(lab: Path) -> None:
         ("sise=7", "unknown name 'sise'; did you mean size?"),
         ("03_train.episodes=7", "unknown name '03_train.episodes'; did you mean episodes?"),
         ("episodes=-1", "episodes = -1 is out of range"),
-        ("size=[", "not YAML"),
     ],
 )
 def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, message: str) -> None:
@@ -205,22 +205,14 @@ def test_a_wrong_override_is_refused_with_the_remedy(lab: Path, override: str, m
         ("01_prepare_data: {output: x}", "01_prepare_data: unknown name 'output'"),
         ("03_train: {arms: {clip: {teachers: [{feature: x}]}}}", "nearest valid name is 'features'"),
         ("03_train: {arm: {clip: {}}}", "unknown name 'arm'; did you mean arms?"),
-        ('02_extract_teacher: {table: "{01_prepare_data}/x"}', "names no earlier step: unknown name '01_prepare_data'"),
-        ("parameters: {flickr8k: null}", "recipe tiny needs flickr8k: add -p flickr8k=VALUE, or set FLICKR8K=VALUE"),
+        ("parameters: {flickr8k: null}", "recipe tiny needs ['flickr8k']: add -p NAME=VALUE for each"),
         ("- 01_prepare_data", "tiny.yaml holds no lines of `name: value`"),
     ],
 )
-def test_a_wrong_recipe_is_refused_with_the_remedy(lab: Path, recipe: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FLICKR8K", raising=False)
+def test_a_wrong_recipe_is_refused_with_the_remedy(lab: Path, recipe: str, message: str) -> None:
     write_recipe(lab, recipe)
     with pytest.raises(ValueError, match=re.escape(message)):
         batch.plan("tiny")
-
-
-def test_a_recipe_parameter_left_open_comes_from_the_environment(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NAME", "from-environment")
-    assert batch.plan("tiny")[0][1].parameters["model"] == "from-environment"
-    assert plan("name=given")["02_extract_teacher:minilm"].parameters["model"] == "given"
 
 
 def test_a_step_named_in_a_grid_is_one_it_reads_from_and_shared_settings_stay_as_they_are(lab: Path) -> None:
@@ -240,15 +232,9 @@ def test_a_step_named_in_a_grid_is_one_it_reads_from_and_shared_settings_stay_as
     assert one.parameters["lr"] == 0.5 and "lr" not in two.parameters
 
 
-def test_an_unknown_recipe_is_refused_with_those_there_are(lab: Path) -> None:
-    with pytest.raises(ValueError, match=r"recipe 'tyni' is neither a file nor one of \['tiny'\]"):
+def test_an_unknown_recipe_is_refused_with_where_it_was_looked_for(lab: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="notebooks/recipes/tyni.yaml"):
         batch.plan("tyni")
-
-
-def test_planning_loads_nothing_heavy() -> None:
-    code = "import protoclip_lab.batch, sys; sys.exit(str({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PYTHON_PATH, capture_output=True, text=True)
-    assert done.stderr.strip() == "set()"
 
 
 # ---------------------------------------------------------------- what runs, and what runs again
@@ -257,7 +243,6 @@ def test_planning_loads_nothing_heavy() -> None:
 @pytest.fixture
 def executed(lab: Path, monkeypatch: pytest.MonkeyPatch):
     """Run the recipe with notebooks executed in this process; returns the names of the folders written to."""
-    import papermill
 
     def execute_notebook(notebook: Path, executed: Path, parameters: dict, **_: object) -> None:
         names: dict[str, object] = {}
@@ -268,8 +253,7 @@ def executed(lab: Path, monkeypatch: pytest.MonkeyPatch):
                 names |= {**parameters, "Path": Path}
         shutil.copy(notebook, executed)
 
-    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
-    monkeypatch.setattr(batch, "_write_page", lambda step: step.executed.with_suffix(".html").write_text(""))
+    monkeypatch.setattr(batch.papermill, "execute_notebook", execute_notebook)
 
     def run(*overrides: str) -> list[str]:
         (lab / "log.txt").write_text("")
@@ -308,8 +292,7 @@ def test_an_unfinished_training_is_taken_up_in_its_folder(executed, lab: Path) -
     executed()
     run = lab / "reports/tiny/03_train/clip_seed=0"
     (run / "checkpoint").touch()
-    record = json.loads((run / "step.json").read_text())
-    (run / "step.json").write_text(json.dumps({**record, "finished": None}))
+    (run / "03_train.html").unlink()
     assert executed()[0] == "clip_seed=0"
     assert (run / "checkpoint").exists() and not list(run.parent.glob("*.old-*"))
 
@@ -322,16 +305,6 @@ def test_a_training_with_other_parameters_starts_anew_and_keeps_the_old_one_asid
         assert "clip_seed=0" in executed(f"episodes={episodes}")
         assert not (run / "checkpoint").exists()
     assert [(old / "checkpoint").read_text() for old in sorted(run.parent.glob(f"{run.name}.old-*"))] == ["7", "8"]
-
-
-def test_an_edited_notebook_runs_again_in_its_folder(executed, lab: Path) -> None:
-    executed()
-    run = lab / "reports/tiny/03_train/clip_seed=0"
-    (run / "checkpoint").touch()
-    parameters, code = NOTEBOOKS["03_train"]
-    write_notebook(lab, "03_train", parameters, f"{code}\n# edited")
-    assert executed() == [*TRAININGS, *TRAININGS]
-    assert (run / "checkpoint").exists()
 
 
 # ---------------------------------------------------------------- with real kernels
@@ -376,8 +349,9 @@ def test_recipe_leaves_executed_notebooks_pages_and_an_index_that_ask_no_host(
     __main__.main()
     shown = capsys.readouterr()
     assert shown.out == f"report: {lab}/out/index.html\n"
-    lines = [re.sub(r"  \d:\d\d:\d\d$", "", line) for line in shown.err.splitlines()]
-    assert lines == ["[1/2] 01_prepare_data  done", "[2/2] 06_compare  done"]
+    # one live line a step
+    lines = shown.err.strip().split("\n")
+    assert [line.split("\r")[-1].partition("|")[0] for line in lines] == ["[1/2] 01_prepare_data: 100%", "[2/2] 06_compare: 100%"]
 
     notebook = nbformat.read(lab / "out/01_prepare_data/01_prepare_data.ipynb", as_version=4)
     assert f'output = "{lab}/out/01_prepare_data"' in notebook.cells[2].source
@@ -426,8 +400,10 @@ def test_index_says_what_was_run_with_what_and_shows_what_it_drew(lab: Path) -> 
             frames[0].save(path, save_all=order == 1, append_images=frames[1:])
             os.utime(path, (order, order))
         (run.output / "figures" / "b.pdf").touch()
+        run.page.touch()
+    (steps[0].output / "figures").mkdir(parents=True)
     for cut in (0, 50):  # by a kill in mid-write
-        (runs[-1].output / "figures" / f"cut-{cut}.png").write_bytes((run.output / "figures" / "b.png").read_bytes()[:cut])
+        (steps[0].output / "figures" / f"cut-{cut}.png").write_bytes((run.output / "figures" / "b.png").read_bytes()[:cut])
     batch._write_index("tiny", steps, out)
     index = (out / "index.html").read_text()
     table = rows(index)
@@ -446,15 +422,13 @@ def test_index_says_what_was_run_with_what_and_shows_what_it_drew(lab: Path) -> 
         assert row in table, row
     assert not [row for row in table if row[0] in ("seed", "run", "batch_size")]
     assert '<td class="default">200</td>' in index and '<td class=" other">50</td>' in index
-    assert f"{len(steps)} of {len(steps)} steps are not finished" in index
+    assert f"{len(steps) - len(runs)} of {len(steps)} steps are not finished" in index
     assert 'href="03_train/protoclip_seed%3D0/uncommitted.diff"' in index and 'href="03_train/clip_seed%3D1/figures/b.pdf"' in index
-    *whole, one, other = Requests(index).addresses
-    assert one == other == "data:image/webp;base64,"
-    assert [drawn(address) for address in whole] == [((9, 9), n) for n in (1, 3, 1) for _ in runs]
+    assert [drawn(address) for address in Requests(index).addresses] == [((9, 9), n) for n in (1, 3, 1) for _ in runs]
     assert str(lab) not in index
 
 
-def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_path: Path) -> None:
+def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def view(model: str) -> nbformat.NotebookNode:
         widget = {"application/vnd.jupyter.widget-view+json": {"model_id": model, "version_major": 2, "version_minor": 0}}
         return v4.new_output("display_data", data={**widget, "text/plain": f"{model} <at first>"})
@@ -474,9 +448,9 @@ def test_page_of_a_notebook_with_widgets_formulas_and_diagrams_asks_no_host(tmp_
     state = {"slider": {"model_name": "IntSliderModel", "state": {}}, **bar("success"), **bar("")}
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": state}}
     step = batch.Step("01_prepare_data", tmp_path / "notebooks" / "01_prepare_data.ipynb", tmp_path, {}, [])
-    nbformat.write(notebook, step.executed)
-    batch._write_page(step)
-    page = step.executed.with_suffix(".html").read_text()
+    monkeypatch.setattr(batch.papermill, "execute_notebook", lambda *_, **__: nbformat.write(notebook, step.executed))
+    batch._run_step(step, "")
+    page = step.page.read_text()
     assert Requests(page).hosts() == []
     # a widget as its text, a bar that was left standing as it stood, one that was taken away not at all
     assert re.findall(r'<pre class="quiet">(.*)</pre>', page) == ["slider &lt;at first&gt;", "success 7/9"]
@@ -505,7 +479,7 @@ def test_failure_names_notebook_cell_error_and_where_the_executed_notebook_is(la
 def test_a_kernel_that_dies_is_a_failure_of_its_cell(lab: Path) -> None:
     write_notebook(lab, "01_prepare_data", 'output = "x"', "import os\nos._exit(1)")
     write_recipe(lab, "01_prepare_data: {}")
-    with pytest.raises(batch.StepFailed, match=r"01_prepare_data failed in cell 4\n.*was there enough memory"):
+    with pytest.raises(batch.StepFailed, match=r"01_prepare_data failed in cell 4\n.*Kernel died"):
         batch.run("tiny")
 
 
@@ -548,11 +522,11 @@ def test_train_takes_yaml_or_json_and_overrides(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml"), "-p", "episods=3"])
     with pytest.raises(SystemExit, match="nearest valid name is 'episodes'"):
         __main__.main()
-    for wrong in ("k", "k=["):
+    for wrong, message in (("k", "2"), ("k=[", "error: while parsing")):
         monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml"), "-p", wrong])
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match=message):
             __main__.main()
-        assert "argument -p: invalid" in capsys.readouterr().err
+    assert "argument -p: invalid" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("- k")
     monkeypatch.setattr(sys, "argv", ["protoclip_lab", "train", str(tmp_path / "c.yaml")])
     with pytest.raises(SystemExit, match="holds no lines of `name: value`"):

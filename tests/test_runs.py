@@ -29,7 +29,7 @@ def evaluated(folder, seed=0, **measures):
 def test_runs_are_compared_by_their_last_evaluated_checkpoint(tmp_path):
     early = evaluated(tmp_path / "early", zero_shot_top1=[(10, 9, 11), (20, 19, 21)], gap=[(0.5, 0.4, 0.6)])
     late = evaluated(tmp_path / "late", zero_shot_top1=[(30, 29, 31), (25, 24, 26), (40, 39, 41)])
-    values = Comparison([early, late]).values
+    values = Comparison([early, late], tmp_path / "out").values
     assert list(values["checkpoint"]) == ["episode_0002", "episode_0003"]
     assert list(values["shape: zero_shot_top1"]) == [20, 40]
     assert "shape: gap" not in values  # it was measured on an earlier checkpoint alone
@@ -57,7 +57,7 @@ def test_paired_differences_are_those_of_a_paired_t_test_over_the_seeds_both_hav
             values[arm, seed] = rng.normal(50, 10, 2)
             gap, top1 = ([(x, x - 1, x + 1)] for x in values[arm, seed])
             runs.append(evaluated(tmp_path / f"{arm}_seed={seed}", seed, gap=gap, zero_shot_top1=top1))
-    table = Comparison(runs).table
+    table = Comparison(runs, tmp_path / "out").table
     assert list(table.columns[4:]) == ["other − clip (n = 3)", "third − clip (n = 1)", "fourth − clip (n = 0)"]
     for row, measure in enumerate(["shape: gap", "shape: zero_shot_top1"]):
         pairs = [(values["other", seed][row], values["clip", seed][row]) for seed in (1, 2, 3)]
@@ -70,27 +70,27 @@ def test_paired_differences_are_those_of_a_paired_t_test_over_the_seeds_both_hav
 
 def test_without_an_arm_of_that_name_the_first_is_the_baseline_and_alone_it_has_no_difference(tmp_path):
     runs = [evaluated(tmp_path / arm, gap=[(x, x, x)]) for arm, x in (("b", 1), ("a", 3))]
-    assert list(Comparison(runs).table.loc["shape: gap"]) == ["1.00 [1.00, 1.00]", "3.00 [3.00, 3.00]", "+2.00"]
-    assert list(Comparison(runs[:1]).table.columns) == ["b"]
+    assert list(Comparison(runs, tmp_path / "out").table.loc["shape: gap"]) == ["1.00 [1.00, 1.00]", "3.00 [3.00, 3.00]", "+2.00"]
+    assert list(Comparison(runs[:1], tmp_path / "out").table.columns) == ["b"]
 
 
 def test_only_the_measures_asked_for_are_shown_and_all_are_kept(tmp_path):
     run = evaluated(tmp_path / "run", gap=[(1, 0, 2)], knn_top1=[(2, 1, 3)], zero_shot_top1=[(3, 2, 4)])
-    found = Comparison([run], measures=["top1"])
+    found = Comparison([run], tmp_path / "out", measures=["top1"])
     assert found.shown == list(found.table.index) == ["shape: knn_top1", "shape: zero_shot_top1"]
     assert "shape: gap" in found.values
 
 
 def test_runs_of_one_name_in_two_folders_are_two_rows_of_one_arm(tmp_path):
     runs = [evaluated(tmp_path / folder / "clip", gap=[(x, x, x)]) for folder, x in (("a", 1), ("b", 3))]
-    found = Comparison(runs)
+    found = Comparison(runs, tmp_path / "out")
     assert len(found.values) == 2
     assert found.table.loc["shape: gap", "clip"] == "2.00 ± 1.41"
 
 
 def test_settings_in_which_runs_differ_are_listed_and_marked(tmp_path):
     runs = [evaluated(tmp_path / f"clip_seed={seed}", seed, gap=[(1, 1, 1)]) for seed in (0, 1, 0)]
-    settings = Comparison([*runs[:2], evaluated(tmp_path / "again", 0, gap=[(1, 1, 1)])]).settings()
+    settings = Comparison([*runs[:2], evaluated(tmp_path / "again", 0, gap=[(1, 1, 1)])], tmp_path / "out").settings()
     assert settings.data.to_dict("index") == {"seed": {"clip_seed=0": "0", "clip_seed=1": "1", "again": "0"}}
     html = settings.to_html(table_uuid="t")
     assert html.count("background: #fdf3c7") == 1 and "#T_t_row0_col1 {" in html
@@ -99,7 +99,7 @@ def test_settings_in_which_runs_differ_are_listed_and_marked(tmp_path):
 def test_a_run_without_evaluations_is_refused(tmp_path):
     run = evaluated(tmp_path / "run")
     with pytest.raises(ValueError, match="has no evaluations: run 05_evaluate"):
-        Comparison([run])
+        Comparison([run], tmp_path)
 
 
 def test_a_folder_without_config_is_no_run(tmp_path):

@@ -12,21 +12,19 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as parquet
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, load_from_disk
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
-from protoclip_lab.config import require_known
+from protoclip_lab.config import require, require_known
 from protoclip_lab.storage import write_json
 
 BAD_ROWS = "bad_rows.jsonl"
 NO_PLACE = (-1, -1)  # offset and size in a tar, of an image that is a file of its own
-
-
-class BadRows(ValueError):
-    """More rows are unusable than the stated share allows."""
 
 
 class Pairs(Sequence):
@@ -46,7 +44,7 @@ class Pairs(Sequence):
         self.folder = Path(folder)
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self.root = Path(about["files"][0])
+        self.root = Path(about["root"])
         self._table = load_from_disk(str(self.folder / "table")).data.table.combine_chunks()
         self.image_ids = self._table["_image"].to_numpy()
 
@@ -163,42 +161,36 @@ def prepare(
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
         dataset_size: keep the first so many usable pairs.
-        max_bad_share: share of bad rows above which :class:`BadRows` is raised.
+        max_bad_share: share of bad rows above which it is an error.
 
     Raises:
         FileNotFoundError: no table, or no image root.
-        ValueError: a column or value of ``where`` that is not there, a ``split`` column without ``where``.
-        BadRows: too many rows are bad, or all; the message shows the first.
+        ValueError: a column or value of ``where`` that is not there, a ``split`` column without ``where``; too many rows
+            are bad, or all: the message shows the first.
     """
     table, out, where = Path(table), Path(out), dict(where or {})
     if (table / "pairs.json").exists():
-        made = Pairs(table)
-        for name, asked in (("where", where), ("dataset_size", dataset_size)):
-            if asked and asked != made.about[name]:
-                raise ValueError(f"{table} is prepared already, {name} = {made.about[name]}, not {asked}: name the table it came from")
-        return made
+        require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
+        return Pairs(table)
     root = Path(image_root or table.parent).absolute()
-    if not table.is_file() or table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet"):
+    if table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file():
         raise FileNotFoundError(f"{table.absolute()} is neither a table (.tsv, .csv, .parquet) nor what 01_prepare_data has finished")
     if not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
-    # By content, as a table may be written anew and be the same.
-    about = {"source": str(table), "sha256": hashlib.sha256(table.read_bytes()).hexdigest()}
-    about |= {"files": [str(root)], "changed": root.stat().st_mtime_ns, "columns": [image_column, caption_column]}
-    # As JSON gives it back, to compare.
-    about |= json.loads(json.dumps({"where": where, "dataset_size": dataset_size, "max_bad_share": max_bad_share}, default=str))
-    if (out / "pairs.json").exists() and about.items() <= Pairs(out).about.items():
-        return Pairs(out)
+    about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root)]}
+    about |= {"columns": [image_column, caption_column], "where": where, "rows": [dataset_size, max_bad_share]}
+    about = json.loads(json.dumps(about, default=str))  # to compare
+    if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
+        return made
 
     rows, bad = read_table(table)
-    if not where and "split" in rows.column_names:
-        raise ValueError(f"{table} has 'split' with {rows['split'].unique().to_pylist()}: say which, e.g. where={{'split': 'train'}}")
+    splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
+    require(where or not splits, f"{table} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
     for column, wanted in where.items():
         values = [str(v) for v in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        found = _column(rows, column, table).to_pylist()
-        rows = rows.filter(pa.array([value in values for value in found], pa.bool_()))
-        if not len(rows):
-            raise ValueError(f"no row of {table} has {column} = {wanted!r}; values there: {list(dict.fromkeys(found))[:10]}")
+        there = _column(rows, column, table)
+        rows = rows.filter(pc.is_in(there, pa.array(values)))
+        require(len(rows), f"no row of {table} has {column} = {wanted!r}; values there: {there.unique().to_pylist()[:10]}")
     total = len(rows) + len(bad)
     paths, captions = (_column(rows, name, table).fill_null("").to_pylist() for name in (image_column, caption_column))
     places = index_tar(root) if root.is_file() else {}
@@ -206,17 +198,15 @@ def prepare(
     # Pillow decodes outside the interpreter lock, so threads are enough.
     faults = dict(zip(images, thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2), strict=True))
     reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
-    bad += [entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1]]
+    bad = sorted([*bad, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])])
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in sorted(bad))
-    (out / BAD_ROWS).write_text("".join(listed), "utf-8")
-    if len(bad) > max_bad_share * total or len(bad) == total:
-        first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5])
-        usable = f"{total - len(bad)} of {total} rows of {table} are usable"
-        raise BadRows(f"{usable}, max_bad_share = {max_bad_share:.1%}; the first bad ones: {first}. All: {out / BAD_ROWS}")
+    pd.DataFrame(bad, columns=["row", "filepath", "reason"]).to_json(out / BAD_ROWS, orient="records", lines=True, force_ascii=False)
+    said = f"{len(bad)} of {total} rows of {table} are left out, see {out / BAD_ROWS}"
+    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in bad[:5])
+    require(len(bad) <= max_bad_share * total and len(bad) < total, f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
     if bad:
-        logging.getLogger(__name__).warning("%d of %d rows of %s left out, see %s", len(bad), total, table, out / BAD_ROWS)
+        logging.getLogger(__name__).warning(said)
     rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
     paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
     offsets, sizes = zip(*(images[path] for path in paths), strict=True)
@@ -224,7 +214,6 @@ def prepare(
     columns = {"filepath": paths, "title": captions, "_row": rows["_row"], "_image": image_ids, "_offset": offsets, "_size": sizes}
     # The table's other columns stay beside our own.
     columns |= {n: rows[n] for n in rows.column_names if n not in (*columns, image_column, caption_column)}
-    disable_progress_bars()  # of the library's own: one line for a write of seconds
     Dataset(pa.table(columns)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
     write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad)})
@@ -236,9 +225,7 @@ def _fault(root: Path, image: tuple[str, Sequence[int]]) -> str:
     try:
         read_image(root, image)
     except OSError as error:
-        # The latter for what lies "below" a tar.
-        missing = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
-        return "missing file" if missing else f"unreadable image: {error.__cause__}"
+        return f"unreadable image: {error.__cause__}"
     return ""
 
 

@@ -45,8 +45,9 @@ def tiny(tmp_path_factory) -> Path:
     """The index of a recipe of two notebooks, run."""
     root = tmp_path_factory.mktemp("pages")
     (root / "notebooks" / "recipes").mkdir(parents=True)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     for name in ("01_prepare_data", "04_gap & more"):
-        nbformat.write(v4.new_notebook(cells=NOTEBOOK), root / "notebooks" / f"{name}.ipynb")
+        nbformat.write(v4.new_notebook(cells=NOTEBOOK, metadata={"kernelspec": kernel}), root / "notebooks" / f"{name}.ipynb")
     (root / "notebooks" / "recipes" / "tiny.yaml").write_text("01_prepare_data: {}\n04_gap & more:second use: {}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

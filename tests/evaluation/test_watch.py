@@ -36,7 +36,7 @@ def settings(table, run):
 
 @contextmanager
 def watcher(run):
-    command = [sys.executable, "-m", "protoclip_lab", "watch", str(run), "--measures", "zero_shot", "gap"]
+    command = [sys.executable, "-m", "protoclip_lab", "watch", str(run), "-p", "measures=[zero_shot, gap]"]
     root = str(Path(protoclip_lab.__file__).parents[1])
     process = subprocess.Popen(
         [*command, "-p", "draws=20"],

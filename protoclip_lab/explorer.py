@@ -79,8 +79,7 @@ class View(VBox):
         self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
         look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "color_map": COLOURS}
         mouse = {"x_scale": EDGES, "y_scale": EDGES, "lasso_type": "rectangle", "mouse_mode": "lasso"}
-        tip = {"tooltip": True, "tooltip_preview": "caption", "tooltip_histograms": False, "tooltip_properties": self.colouring.options}
-        self.scatter = Scatter("x", "y", self.table, color_by="prototype", **look, **mouse, **tip)
+        self.scatter = Scatter("x", "y", self.table, color_by="prototype", **look, **mouse)
         self.show([], HINT)
 
         reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}

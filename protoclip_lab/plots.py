@@ -237,25 +237,22 @@ def heat_map(table: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 @_styled
-def soft_targets(images: Sequence, captions: Sequence, names: Sequence, teacher: Any, student: Any, *, title: str = "") -> Figure:
+def soft_targets(captions: Sequence[str], names: Sequence[str], teacher: Any, student: Any, *, title: str = "") -> Figure:
     """For some samples the teacher's and the student's distribution over the prototypes that weigh most in either.
 
     Args:
-        images, captions: the m samples.
+        captions: of the m samples.
         names: of the K prototypes.
         teacher, student: (m, K), each row sums to 1.
     """
-    figure, panels = _panels(len(images), 2.2)
+    figure, panels = _panels(len(captions), 2.2)
     figure.suptitle(title)
-    for axes, image, caption, *shares in zip(panels, images, captions, teacher, student, strict=True):
+    for axes, caption, *shares in zip(panels, captions, teacher, student, strict=True):
         top = np.argsort(-np.maximum(*shares), kind="stable")[:5]
         for i, who in enumerate(("teacher", "student")):
             axes.barh(np.arange(len(top)) + 0.4 * i - 0.2, shares[i][top], 0.4, color=PALETTE[i], label=who)
         axes.set_yticks(range(len(top)), [textwrap.fill(names[k], 16) for k in top], fontsize=7)
         axes.set(xlim=(0, 1), ylim=(len(top) - 0.5, -0.5), title=textwrap.fill(caption, 28, max_lines=2, placeholder=" …"))
-        corner = axes.inset_axes([0.55, 0.03, 0.45, 0.55], anchor="SE")
-        corner.imshow(image)
-        corner.set_axis_off()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

@@ -1,6 +1,5 @@
 """A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,21 +131,12 @@ class Snapshot:
         found = {f"{r.teacher} {len(r.centroids)}": np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
         return found or {name: np.bincount(self.groupings[name]) for name in prototypes.STUDENTS}
 
-    def xy(self, modality: str = "image", like: np.ndarray | None = None) -> np.ndarray:
-        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2).
-
-        Kept under ``maps`` in the run's folder. ``like`` is a map to resemble, see :func:`protoclip_lab.plots.embed`.
-        """
+    @lru_cache(8)  # noqa: B019
+    def xy(self, modality: str = "image") -> np.ndarray:
+        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2)."""
         both = torch.cat([self.features.image, self.features.text])
-        features = (both if modality == "joint" else getattr(self.features, f"{modality}_projection")).numpy()
-        about = f"{self.method} {self.seed} {plots.METHODS.get(self.method)} {features.shape}"
-        key = hashlib.sha256(about.encode() + features.tobytes() + (b"" if like is None else like.tobytes())).hexdigest()[:32]
-        file = self.run.path / "maps" / f"{key}.npy"
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            np.save(file.with_suffix(".partial.npy"), plots.embed(features, method=self.method, seed=self.seed, like=like))
-            file.with_suffix(".partial.npy").replace(file)
-        return np.load(file, allow_pickle=False)
+        features = both if modality == "joint" else getattr(self.features, f"{modality}_projection")
+        return plots.embed(features.numpy(), method=self.method, seed=self.seed)
 
     def names(self, of: str = "image") -> list[str]:
         """What each of K prototypes is called: its number and the words typical of its captions in the sample."""
@@ -191,7 +181,8 @@ class Snapshot:
         """
         maps: dict[str, np.ndarray] = {}
         for moment, then in reversed(self.through.items()):
-            maps = {moment: then.xy(like=next(iter(maps.values()), None))} | maps
+            how = {"method": self.method, "seed": self.seed, "like": next(iter(maps.values()), None)}
+            maps = {moment: plots.embed(then.features.image_projection.numpy(), **how)} | maps
         by = max(self.labels, key=lambda label: self.agreement.loc["image", label], default="image")
         labels, how = self.groupings[by], self._look | {"title": f"Images through training, coloured by {by}"}
         return plots.cluster_map({name: (xy, labels) for name, xy in maps.items()}, **how), plots.moving_map(maps, labels, **how)
@@ -234,9 +225,9 @@ class Snapshot:
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
         p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
         q = losses.masked(scale * self.features.image_projection[chosen] @ C.T, record.occupied).softmax(1)
-        images, captions = zip(*(self.pairs[row] for row in self.rows[chosen]), strict=True)
+        captions = [self.pairs.caption(row) for row in self.rows[chosen]]
         title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: image (scale {scale:.1f})"
-        return plots.soft_targets(images, captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
+        return plots.soft_targets(captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
 def open_snapshot(

@@ -82,8 +82,8 @@ class View(VBox):
         self.scatter = Scatter("x", "y", self.table, color_by="prototype", **look, **mouse)
         self.show([], HINT)
 
-        reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}
-        reactions |= {self.prototype: self._show_prototype, self.caption: self._find}
+        reactions = {self.checkpoint: self._draw, self.modality: self._draw, self.prototype: self._show_prototype}
+        reactions |= {self.colouring: lambda change: self.scatter.color(by=change["new"]), self.caption: self._find}
         # JupyterLab hides what a callback prints or raises: here it stands under the controls.
         reporting = problems.capture(clear_output=True)
         for control, react in reactions.items():
@@ -119,10 +119,6 @@ class View(VBox):
         for view in self.views:
             view.show(rows, title, source)
 
-    def _open(self, _: Any) -> None:
-        self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=self.checkpoint.value, **self.options)
-        self._draw(_)
-
     def _read(self) -> None:
         snapshot, joint = self.snapshot, self.modality.value == "joint"
         modality = "image" if joint else self.modality.value
@@ -138,13 +134,12 @@ class View(VBox):
         sizes = pd.Series(self.assigned).value_counts().items()
         self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
 
-    def _draw(self, _: Any) -> None:
+    def _draw(self, change: dict) -> None:
+        if change["owner"] is self.checkpoint:
+            self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=change["new"], **self.options)
         self._read()
         self.scatter.data(self.table).widget.reset_view()
         self.show([], HINT)
-
-    def _colour(self, change: dict) -> None:
-        self.scatter.color(by=change["new"])
 
     def _show_prototype(self, change: dict) -> None:
         if (prototype := change["new"]) is not None:

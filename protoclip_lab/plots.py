@@ -115,7 +115,7 @@ def cluster_map(maps: Mapping[str, tuple], *, title: str = "", note: str = "", m
 
     Args:
         maps: by title (n, 2) coordinates and (n,) labels; as many labels are told apart as a legend has room for, the
-            rest is grey. Maps with the very same labels have axes and legend in common.
+            rest is grey. Axes are in common, and for maps with the very same labels the legend.
         note: what is to be said under the figure besides.
         method, seed: what made the coordinates, stated under the figure.
     """
@@ -125,9 +125,8 @@ def cluster_map(maps: Mapping[str, tuple], *, title: str = "", note: str = "", m
     figure, grid = _panels(len(maps), height if len(maps) < 3 else 2.6)
     size = np.clip(20000 / len(xy), 4, 30) * (0.4 if others or width < 5 else 1)
     for axes, (panel, (xy, labels)) in zip(grid, maps.items(), strict=True):
-        if shared:
-            axes.sharex(grid[0])
-            axes.sharey(grid[0])
+        axes.sharex(grid[0])
+        axes.sharey(grid[0])
         groups = told_apart(labels, int(2.5 * width))
         for name, look in zip(groups.categories, LOOKS, strict=False):
             look = {"c": GREY, "zorder": 0} if name == OTHERS else look
@@ -188,12 +187,12 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
     """One row per prototype: samples with their captions.
 
     Args:
-        images: for each prototype as many images (PIL or (H, W, 3)).
+        images: for each prototype its images (PIL or (H, W, 3)).
         captions: for each prototype the captions of those images.
         names: for each prototype what stands left of its row, in lines.
         headings: what stands above the columns, by the column where it begins.
     """
-    width, columns = matplotlib.rcParams["figure.figsize"][0], len(images[0])
+    width, columns = matplotlib.rcParams["figure.figsize"][0], max(map(len, images))
     cell = 0.84 * width / columns
     figure = _Figure(figsize=(width, (cell + 0.5) * len(images) + 0.3))
     bare = {"frame_on": False, "xticks": [], "yticks": []}
@@ -201,7 +200,7 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
     for (left, *places), row, texts, name in zip(grid, images, captions, names, strict=True):
         lines = "\n".join(textwrap.fill(line, 24) for line in name.split("\n"))
         left.text(1, 1, lines, ha="right", va="top", fontsize=7, transform=left.transAxes)
-        for axes, image, text in zip(places, row, texts, strict=True):
+        for axes, image, text in zip(places, row, texts, strict=False):
             axes.imshow(image)
             axes.set_xlabel(textwrap.fill(text, max(8, int(cell * 15)), max_lines=3, placeholder=" …"), fontsize=7)
     for heading, column in (headings or {}).items():
@@ -225,14 +224,13 @@ def heat_map(table: pd.DataFrame, *, title: str = "") -> Figure:
     figure = _Figure(figsize=(width, 0.8 * width))
     axes = figure.subplots()
     norm = matplotlib.colors.PowerNorm(0.5, 0, np.nanmax(table), clip=True)  # so that small values are seen beside large ones
-    figure.colorbar(axes.imshow(table, cmap="Blues", norm=norm, interpolation="nearest"))
+    figure.colorbar(axes.imshow(table, cmap="Blues", norm=norm, alpha=0.7))  # pale enough for black numbers
     axes.set(title=title, xlabel=table.columns.name, ylabel=table.index.name)
     if max(table.shape) <= 12:
         axes.set_xticks(range(table.shape[1]), table.columns, rotation=30, ha="right")
         axes.set_yticks(range(table.shape[0]), table.index)
         for (row, column), value in np.ndenumerate(table.to_numpy()):
-            colour = "white" if value > 0.3 * np.nanmax(table) else "black"
-            axes.text(column, row, f"{round(value, 2) + 0:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, f"{round(value, 2) + 0:.2f}", ha="center", va="center", fontsize=7)
     return figure
 
 

@@ -119,10 +119,9 @@ class Snapshot:
 
     @property
     def overlap(self) -> pd.DataFrame:
-        """Samples shared by image and text clusters: the largest image cluster first, each text cluster where most of it lies."""
+        """Samples shared by image and text clusters; the text clusters in the order of the image cluster that holds most of each."""
         labels = [self.groupings[name] for name in prototypes.STUDENTS]
         table = pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"])
-        table = table.loc[table.sum(axis=1).sort_values(ascending=False, kind="stable").index]
         return table.iloc[:, table.to_numpy().argmax(axis=0).argsort(kind="stable")]
 
     @property

@@ -204,12 +204,11 @@ def test_soft_targets_show_both_over_the_five_heaviest_prototypes():
     teacher = np.array([[0.0, 0.7, 0.3, 0.0, 0.0, 0.0, 0.0]])
     student = np.array([[0.4, 0.1, 0.0, 0.0, 0.2, 0.29, 0.01]])
     names = [f"{i} · name" for i in range(7)]
-    figure = plots.soft_targets([Image.new("RGB", (4, 4))], [r"a $\nomath$ heart"], names, teacher, student, title="both")
+    figure = plots.soft_targets([r"a $\nomath$ heart"], names, teacher, student, title="both")
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [names[i] for i in (1, 0, 2, 5, 4)]
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert widths == {"teacher": [0.7, 0, 0.3, 0, 0], "student": [0.1, 0.4, 0, 0.29, 0.2]}
-    assert len(axes.child_axes[0].images) == 1
     said = words(figure)
     assert r"a $\nomath$ heart" in said and "both" in said and "student" in said
 
@@ -311,9 +310,7 @@ PAPER = {
     ),
     "sizes": lambda **o: plots.cluster_sizes({"image": np.arange(9)}, **o),
     "heat": lambda **o: plots.heat_map(pd.DataFrame(np.eye(7), list("abcdefg"), list("abcdefg")), **o),
-    "soft": lambda **o: plots.soft_targets(
-        [Image.new("RGB", (9, 9))] * 2, ["a", "b"], list("cdef"), np.eye(4)[:2], np.eye(4)[1:3], **o
-    ),
+    "soft": lambda **o: plots.soft_targets(["a", "b"], list("cdef"), np.eye(4)[:2], np.eye(4)[1:3], **o),
     "curves": lambda **o: plots.progress_curves(measurements(), ["gap", "loss_proto"], **o),
     "training": lambda **o: plots.training_curves(pd.DataFrame(training_rows()), 1, 3, **o),
 }
@@ -348,11 +345,11 @@ def test_cluster_map_takes_words_as_labels():
 def test_sheet_shows_each_sample_with_its_caption():
     images = [Image.new("RGB", (20, 12), c) for c in ("red", "green", "blue")]
     long = "two children play on the grass near a house while an elderly couple watch them from the bench by the lake"
-    captions = [["a red thing", r"costs $\nomath$", long * 2], ["日本 tea", "", "blue"]]
+    captions = [["a red thing", r"costs $\nomath$", long * 2], ["日本 tea", ""]]
     names = ["prototype 17\n34 samples", "prototype 9"]
-    figure = plots.prototype_sheet([images, images[::-1]], captions, names, headings={"nearest": 0, "its twin": 2})
+    figure = plots.prototype_sheet([images, images[:2]], captions, names, headings={"nearest": 0, "its twin": 2})
     under = [axes.get_xlabel() for axes in figure.axes if axes.images]
-    assert [text.split(" ")[0] for text in under] == ["a", "costs", "two", "日本", "", "blue"]
+    assert [text.split(" ")[0] for text in under] == ["a", "costs", "two", "日本", ""]
     assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == ["", "nearest", "", "its twin"]
     said = words(figure)
     for expected in (*names, "a red thing", r"costs $\nomath$", "two children", "…", "日本 tea"):

@@ -86,10 +86,9 @@ def test_maps_are_made_once_and_kept_apart(seen, monkeypatch):
     np.testing.assert_array_equal(first, again)
     assert len(made) == 1 and first.shape == (60, 2) and first.dtype == np.float32
     np.testing.assert_array_equal(first, real(seen.features.image_projection.numpy(), method="pca"))
-    for other in (seen.xy("text"), replace(seen, seed=1).xy(), replace(seen, method="tsne").xy(), seen.xy(like=first[::-1].copy())):
+    for other in (seen.xy("text"), replace(seen, seed=1).xy(), replace(seen, method="tsne").xy()):
         assert other.shape == (60, 2)
-    assert len(made) == 5
-    assert [options["method"] for options in made] == ["pca"] * 3 + ["tsne", "pca"]
+    assert [(options["method"], options["seed"]) for options in made] == [("pca", 0), ("pca", 0), ("pca", 1), ("tsne", 0)]
 
 
 def test_joint_map_has_images_then_texts(seen):
@@ -159,7 +158,7 @@ def test_sizes_are_of_the_episode_and_overlap_of_the_sample(seen):
     assert all(sizes.sum() == 48 for sizes in seen.sizes.values())
     image, text = (seen.prototypes(name)[0] for name in ("image", "text"))
     table = seen.overlap
-    assert table.to_numpy().sum() == 60 and (np.diff(table.sum(axis=1)) <= 0).all()
+    assert table.to_numpy().sum() == 60
     for (row, column), count in table.stack().items():
         assert count == ((image == row) & (text == column)).sum()
     heaviest = table.to_numpy().argmax(axis=0)
@@ -172,7 +171,7 @@ def test_without_internal_teachers_soft_targets_are_of_the_external_one(seen, mo
     monkeypatch.setattr(plots, "soft_targets", lambda *given, **options: drawn.update(given=given, **options))
     seen.soft_targets()
     assert drawn["title"].startswith("Teacher: factors (τ = 0.5) · student: image")
-    assert drawn["given"][3].shape == (6, 5)
+    assert drawn["given"][2].shape == (6, 5)
 
 
 def test_a_missing_label_is_a_label_of_its_own(seen, monkeypatch):
@@ -200,8 +199,8 @@ def test_drawn_soft_targets_have_the_prototype_loss_as_their_cross_entropy(seen,
     monkeypatch.setattr(plots, "soft_targets", lambda *given, **options: drawn.update(given=given, **options))
     seen.records.sort(key=lambda r: r.teacher != teacher)
     seen.soft_targets(samples=60)
-    images, captions, names, p, q = drawn["given"]
-    assert names == seen.names(teacher) and len(images) == len(captions) == 60
+    captions, names, p, q = drawn["given"]
+    assert names == seen.names(teacher)
     np.testing.assert_allclose([p.sum(axis=1), q.sum(axis=1)], 1, rtol=1e-5)
     assert not p[:, 2].any() and not q[:, 2].any()
     scale = snapshot.encoders.load(seen.checkpoint).logit_scale_proto.exp()

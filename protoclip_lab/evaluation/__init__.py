@@ -202,11 +202,11 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
         over the classes that have an image.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; a label out of range; NaN or Inf.
+        ValueError: a label missing or out of range; NaN or Inf.
+        RuntimeError: features of another width, from torch.
     """
     image = as_features(image, "image", normalise=True)
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
-    require(image.shape[1] == len(classifier), f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)} do not fit")
     classes = classifier.shape[1]
     labels = as_indices(labels, len(image), classes, "labels").numpy()
     top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))]
@@ -366,7 +366,8 @@ def linear_probe(
         "accuracy" and "mean_per_class" (over classes in test), percent; "strength", the one chosen.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; NaN or Inf; an unknown scaling.
+        ValueError: a label missing; NaN or Inf; an unknown scaling.
+        RuntimeError: features of another width, from torch.
     """
     require(scaling in ("standardise", "l2"), f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
     x, y, classes, test_x, test_y = _checked(train_x, train_y, test_x, test_y, normalise=scaling == "l2")
@@ -407,7 +408,6 @@ def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, normalise:
     """Features of train, its classes' numbers, the classes, features of test, on a GPU where there is one, and labels of test."""
     given = {"train_x": train_x, "test_x": test_x}
     train_x, test_x = (as_features(x, name, normalise=normalise).to(best_device()) for name, x in given.items())
-    require(train_x.shape[1] == test_x.shape[1], f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} do not fit")
     classes, y = np.unique(as_labels(train_y, len(train_x), "train_y"), return_inverse=True)
     return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x, as_labels(test_y, len(test_x), "test_y")
 

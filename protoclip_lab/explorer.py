@@ -23,20 +23,19 @@ PICTURES = 12  # at a time
 NEAREST = 5  # captions and prototypes
 EDGES = (-1.1, 1.1)  # of the map, whose points lie within -1 and 1
 HINT = "Click a point, drag a box, choose a prototype or type a caption"
-OTHERS = "others"  # groups beyond the palette, in the legend
+COLOURS = [*plots.PALETTE[:7], plots.GREY]  # of as many groups; the eighth may be all others
 
 _load = lru_cache(2)(encoders.load)
 
 
-def explore(
-    run: str | Path, *, other: str | Path = "", checkpoint: str | Path = "", static: bool | None = None, **options: Any
-) -> Box | None:
+def explore(run: str | Path, *, other: str | Path = "", checkpoint: str | Path = "", **options: Any) -> Box | None:
     """Walk through a run by hand: a map to click and select on, pictures with captions, search by caption.
+
+    Where nobody sits in front of the notebook, figures are displayed instead.
 
     Args:
         other: a second run, shown beside the first on the same samples.
         checkpoint: of the first run, to begin with; empty takes the latest.
-        static: True displays figures instead; None does so where nobody sits in front of the notebook.
         options: samples, seed, labels and method, as in :func:`protoclip_lab.snapshot.open_snapshot`.
 
     Raises:
@@ -46,7 +45,7 @@ def explore(
     if shown[0].pairs.fingerprint != shown[-1].pairs.fingerprint:
         tables = " and ".join(f"{s.run.path} has {s.pairs.source} ({len(s.pairs):,} pairs, {s.pairs.fingerprint[:4]}…)" for s in shown)
         raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
-    if not _attended() if static is None else static:
+    if not _attended():
         return display.display(*(snapshot.sheet(modality="text") for snapshot in shown))
     views = [View(snapshot, options) for snapshot in shown]
     for view in views:
@@ -78,14 +77,13 @@ class View(VBox):
         self.cards = [VBox([HTML(), Button()]).add_class("protoclip-card") for _ in range(PICTURES)]
         self._read()
         self.colouring = Dropdown(description="Colour by", options=self.table.select_dtypes("category"))
-        look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "x_scale": EDGES, "y_scale": EDGES}
-        tip = {"tooltip": True, "tooltip_preview": "caption", "tooltip_histograms": False, "tooltip_properties": self.colouring.options}
-        self.scatter = Scatter("x", "y", self.table, color_by="prototype", lasso_type="rectangle", mouse_mode="lasso", **look, **tip)
-        self._colour()
+        look = {"axes": False, "legend": True, "height": 480, "size": 5, "opacity_unselected": 0.3, "color_map": COLOURS}
+        mouse = {"x_scale": EDGES, "y_scale": EDGES, "lasso_type": "rectangle", "mouse_mode": "lasso"}
+        self.scatter = Scatter("x", "y", self.table, color_by="prototype", **look, **mouse)
         self.show([], HINT)
 
-        reactions = {self.checkpoint: self._open, self.modality: self._draw, self.colouring: self._colour}
-        reactions |= {self.prototype: self._show_prototype, self.caption: self._find}
+        reactions = {self.checkpoint: self._draw, self.modality: self._draw, self.prototype: self._show_prototype}
+        reactions |= {self.colouring: lambda change: self.scatter.color(by=change["new"]), self.caption: self._find}
         # JupyterLab hides what a callback prints or raises: here it stands under the controls.
         reporting = problems.capture(clear_output=True)
         for control, react in reactions.items():
@@ -121,37 +119,27 @@ class View(VBox):
         for view in self.views:
             view.show(rows, title, source)
 
-    def _open(self, _: Any) -> None:
-        self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=self.checkpoint.value, **self.options)
-        self._draw(_)
-
     def _read(self) -> None:
         snapshot, joint = self.snapshot, self.modality.value == "joint"
         modality = "image" if joint else self.modality.value
         (self.assigned, self.centroids, self.features), self.names = snapshot.prototypes(modality), snapshot.names(modality)
-        colourings = snapshot.colourings(modality) | {"prototype": np.array(self.names)[self.assigned]}
-        table = pd.DataFrame({name: _legend(values) for name, values in colourings.items()})
+        table = pd.DataFrame({name: plots.told_apart(values, len(COLOURS)) for name, values in snapshot.colourings(modality).items()})
         table["caption"], table["sample"] = [snapshot.pairs.caption(row) for row in snapshot.rows], table.index
         kinds = ["image", "text"] if joint else [modality]
-        table = pd.concat([table] * len(kinds)).assign(modality=_legend(np.repeat(kinds, len(table))))
+        self.table = pd.concat([table] * len(kinds)).assign(modality=plots.told_apart(np.repeat(kinds, len(table)), 2))
         xy = snapshot.xy(self.modality.value)
-        low, high = np.nanmin(xy, axis=0), np.nanmax(xy, axis=0)
-        table[["x", "y"]] = (2 * xy - low - high) / (high - low)
-        self.table = table.dropna(subset="x")  # of a large sample a part is on the map
+        low, high = xy.min(axis=0), xy.max(axis=0)
+        self.table[["x", "y"]] = (2 * xy - low - high) / (high - low)
         self.prototype.value = None
         sizes = pd.Series(self.assigned).value_counts().items()
         self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
 
-    def _draw(self, _: Any) -> None:
+    def _draw(self, change: dict) -> None:
+        if change["owner"] is self.checkpoint:
+            self.snapshot = open_snapshot(self.snapshot.run.path, checkpoint=change["new"], **self.options)
         self._read()
         self.scatter.data(self.table).widget.reset_view()
-        self._colour()
         self.show([], HINT)
-
-    def _colour(self, _: Any = None) -> None:
-        groups = self.table[self.colouring.value].cat.categories
-        colours = [*plots.PALETTE[:-1], "#BBBBBB"] if OTHERS in groups else plots.PALETTE
-        self.scatter.color(by=self.colouring.value, map=list(colours[: len(groups)]))
 
     def _show_prototype(self, change: dict) -> None:
         if (prototype := change["new"]) is not None:
@@ -161,7 +149,7 @@ class View(VBox):
 
     def _show_selected(self, change: dict) -> None:
         rows = self.table["sample"].iloc[change["new"]].unique()
-        if set(rows) != set(self.rows) & set(self.table["sample"]):  # the front end may repeat what it was told
+        if set(rows) != set(self.rows):  # the front end may repeat what it was told
             self._share(rows, f"{len(rows):,} samples selected")
 
     def _find(self, change: dict) -> None:
@@ -210,12 +198,3 @@ def _attended() -> bool:
     """Whether someone could answer this kernel: nbclient, and so papermill, lets it ask nothing."""
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
-
-
-def _legend(values: Sequence) -> pd.Categorical:
-    """Values with their numbers, the commonest first; of more than the palette has colours, the rest as one."""
-    values = pd.Series(values).astype(str)
-    sizes = values.value_counts()
-    told_apart = sizes if len(sizes) <= len(plots.PALETTE) else sizes[: len(plots.PALETTE) - 1]
-    names = {value: f"{value} ({size:,})" for value, size in told_apart.items()}
-    return pd.Categorical(values.map(names).fillna(OTHERS), [*names.values(), *[OTHERS] * (len(sizes) > len(names))])

@@ -7,6 +7,7 @@ import base64
 import functools
 import io
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,20 @@ from protoclip_lab import randomness
 from protoclip_lab.config import require
 
 # Colours, matplotlib's settings for a notebook and for a paper, and what methods of maps are called: see the file.
-LOOK: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text("utf-8"))
-HUES, METHODS = LOOK["hues"], LOOK["methods"]
-PALETTE = tuple(HUES.values())
+LOOK: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text("utf-8"))
+PALETTE, METHODS = LOOK["palette"], LOOK["methods"]
 LOOKS = [{"c": colour, "marker": marker} for marker in "o^s" for colour in PALETTE]
 LINES = matplotlib.cycler(color=PALETTE[:7] * 4, linestyle=("-", "--", "-.", ":") * 7)
-GREY, OTHERS = "#555555", {"c": "#CCCCCC", "zorder": 0}
-MAX_POINTS = 20_000  # of a map
+OTHERS, GREY = "others", "#BBBBBB"  # what cannot be told apart
 
 
 class _Figure(Figure):
     """A figure that a notebook shows by itself: without pyplot nobody else tells the notebook how."""
 
     def savefig(self, *args: Any, **options: Any) -> None:
-        with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters stay letters in a PDF
+        # Letters stay letters in a PDF; one that the font lacks is an empty box, which needs no warning.
+        with matplotlib.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             super().savefig(*args, **options)
 
     def _repr_png_(self) -> bytes:
@@ -56,7 +57,7 @@ class Animation(bytes):
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(draw)
     def drawn(*args: Any, paper: bool = False, **options: Any) -> Figure:
-        with matplotlib.rc_context(LOOK["paper" if paper else "notebook"] | {"axes.prop_cycle": LINES}):
+        with matplotlib.rc_context(LOOK["paper" if paper else "notebook"]):
             figure = draw(*args, **options)
         figure.paper = paper
         return figure
@@ -78,6 +79,7 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0, like: np
     features = np.asarray(features, dtype=np.float32)
     require(method in METHODS, f"method {method!r}: it is one of {', '.join(METHODS)}")
     require(len(features) >= 4, f"a map needs at least 4 points, got {len(features)}")
+    from scipy.spatial import procrustes
     from sklearn import decomposition, manifold
 
     options = {"metric": "cosine", "random_state": randomness.derive(seed, "map") % 2**32}
@@ -93,90 +95,88 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0, like: np
         options |= {"init": "pca"} if like is None else {"init": like, "n_epochs": 100, "learning_rate": 0.1}
         bar = {"disable": False, "desc": "UMAP", "mininterval": 2, "leave": False}
         xy = UMAP(n_neighbors=min(15, len(features) - 1), n_jobs=1, tqdm_kwds=bar, **options).fit_transform(features)
-    return (xy if like is None else _onto(xy, like)).astype(np.float32)
+    if like is not None:
+        centre = like.mean(axis=0)
+        xy = procrustes(like, xy)[1] * np.linalg.norm(like - centre) + centre  # procrustes gives both at unit size
+    return xy.astype(np.float32)
 
 
-def stratified(labels: Sequence, most: int, *, seed: int = 0) -> np.ndarray:
-    """Row numbers of a sample, ascending, that holds of each label its share: (n,) -> (min(n, most),)."""
-    order = randomness.numpy_generator(seed, "stratified").permutation(len(labels))
-    groups = pd.Series(order).groupby(np.asarray(labels)[order])
-    # Each label's rows spread evenly over (0, 1): any beginning holds of each label its share.
-    places = (groups.cumcount() + 0.5) / groups.transform("size")
-    return np.sort(order[np.argsort(places, kind="stable")[:most]])
+def told_apart(labels: Sequence, most: int) -> pd.Categorical:
+    """Labels with their numbers, the commonest first; of more than ``most``, the rest as one: ``OTHERS``."""
+    labels = pd.Series(labels).astype(str)
+    sizes = labels.groupby(labels).size().sort_values(ascending=False, kind="stable")
+    names = {label: f"{label} ({size:,})" for label, size in sizes[: most if len(sizes) <= most else most - 1].items()}
+    return pd.Categorical(labels.map(names).fillna(OTHERS), [*names.values(), *[OTHERS] * (len(names) < len(sizes))])
 
 
 @_styled
-def joint_map(xy: np.ndarray, is_text: Sequence, *, gap: float | None = None, links: int = 60, method="umap", seed=0) -> Figure:
+def cluster_map(maps: Mapping[str, tuple], *, title: str = "", note: str = "", method: str = "umap", seed: int = 0) -> Figure:
+    """Maps side by side, each coloured by a grouping of its points: by prototype, by true label, at several moments.
+
+    Args:
+        maps: by title (n, 2) coordinates and (n,) labels; as many labels are told apart as a legend has room for, the
+            rest is grey. Axes are in common, and for maps with the very same labels the legend.
+        note: what is to be said under the figure besides.
+        method, seed: what made the coordinates, stated under the figure.
+    """
+    width, height = matplotlib.rcParams["figure.figsize"]
+    (xy, first), *others = maps.values()
+    shared = all(labels is first for _, labels in others)
+    figure, grid = _panels(len(maps), height if len(maps) < 3 else 2.6)
+    size = np.clip(20000 / len(xy), 4, 30) * (0.4 if others or width < 5 else 1)
+    for axes, (panel, (xy, labels)) in zip(grid, maps.items(), strict=True):
+        axes.sharex(grid[0])
+        axes.sharey(grid[0])
+        groups = told_apart(labels, int(2.5 * width))
+        for name, look in zip(groups.categories, LOOKS, strict=False):
+            look = {"c": GREY, "zorder": 0} if name == OTHERS else look
+            axes.scatter(*xy[groups == name].T, label=name, s=size, alpha=0.7, linewidths=0, **look)
+        axes.set(title=panel, xticks=[], yticks=[])
+        if not shared:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, markerscale=2)
+    if shared:
+        place = "outside right center" if width > 5 else "outside lower center"
+        figure.legend(*grid[0].get_legend_handles_labels(), loc=place, markerscale=2)
+    figure.supxlabel(textwrap.fill(f"{note}{len(xy):,} points · {METHODS[method]}, seed {seed}", int(width * 18)), color="#555555")
+    figure.suptitle(title)
+    return figure
+
+
+def joint_map(image: np.ndarray, text: np.ndarray, gap: float, *, links: int = 60, **options: Any) -> Figure:
     """Joint map of image and text features; lines join some of the pairs, an arrow the two means.
 
     Args:
-        xy: (n, 2) from :func:`embed` over both modalities; rows of NaN are not drawn.
-        is_text: (n,) bool.
+        image, text: (n, 2) each, of n pairs: the halves of one map of both.
         gap: the modality gap, as :func:`protoclip_lab.evaluation.modality_gap` measures it on the features, written at
-            the arrow; None leaves both out.
-        links: how many lines join the i-th image with the i-th text, evenly taken from all; none if there are not
-            as many of each.
-        method, seed: what made ``xy``, stated under the figure.
+            the arrow.
+        links: how many pairs are joined at most, evenly taken from all.
+        options: method, seed and paper of :func:`cluster_map`.
     """
-    is_text = np.asarray(is_text, dtype=bool)
-    images, texts = np.flatnonzero(~is_text), np.flatnonzero(is_text)
-    pairs = np.column_stack([images, texts]) if len(images) == len(texts) else np.zeros((0, 2), int)
-    pairs = pairs[np.isfinite(xy[pairs]).all(axis=(1, 2))]
-    drawn = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(links, len(pairs))).astype(int))]
-    groups = [("image", ~is_text, LOOKS[0]), ("text", is_text, LOOKS[len(PALETTE) + 1])]
-    title = "Image and text features" + ("" if gap is None else f" · modality gap {gap:.3f}")
-    figure, (axes,) = _maps({title: (xy, groups)}, method, seed, f"{len(drawn)} of {len(pairs):,} pairs joined by a line · ")
-    axes.plot(*xy[drawn].T, "-", color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
-    if gap is not None:
-        ends = [np.nanmean(xy[rows], axis=0) for rows in (images, texts)]
-        axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "<->", "linewidth": 2, "shrinkA": 0, "shrinkB": 0})
-        _name(axes, f"gap {gap:.3f}", np.mean(ends, axis=0), "black")
+    pairs = np.stack([image, text], axis=1)
+    joined, ends = pairs[:: -(-len(pairs) // links)], pairs.mean(axis=0)
+    both = {"Image and text features": (np.concatenate([image, text]), np.repeat(["image", "text"], len(pairs)))}
+    figure = cluster_map(both, note=f"{len(joined)} of {len(pairs):,} pairs joined by a line · ", **options)
+    (axes,) = figure.axes
+    axes.plot(*joined.T, "-", color="#666666", linewidth=0.6, alpha=0.6, zorder=1)
+    axes.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "<->", "linewidth": 2, "shrinkA": 0, "shrinkB": 0})
+    frame = {"facecolor": "white", "alpha": 0.85, "pad": 1.5}
+    axes.annotate(f"gap {gap:.3f}", ends.mean(axis=0), (0, 9), textcoords="offset points", ha="center", fontsize=7, bbox=frame)
     return figure
 
 
-@_styled
-def cluster_map(xy: Any, labels: Any, *, names: Sequence | None = None, title: str = "", method="umap", seed=0) -> Figure:
-    """Maps of one modality coloured by prototype, by true label, or at several moments.
-
-    Args:
-        xy: (n, 2); rows of NaN are not drawn. A dict of several by title draws a panel for each, on common axes.
-        labels: (n,) integers or words; of more than 24, the 23 largest are told apart and the rest is grey. A dict of
-            several by title draws a panel for each.
-        names: what integer label i is called; the seven largest then bear their number on the map too.
-        method, seed: what made ``xy``, stated under the figure.
-    """
-    if isinstance(labels, Mapping):
-        return _maps({name: (xy, _groups(found, names)) for name, found in labels.items()}, method, seed)[0]
-    groups = _groups(labels, names)
-    if isinstance(xy, Mapping):
-        figure, _ = _maps({name: (then, groups) for name, then in xy.items()}, method, seed, common=True)
-        figure.suptitle(title)
-        return figure
-    count = f"{len(np.unique(labels))} groups"
-    figure, (axes,) = _maps({f"{title} ({count})" if title else count: (xy, groups)}, method, seed)
-    for name, rows, look in groups[:7] if names is not None else []:
-        _name(axes, name.split(" ")[0], np.nanmedian(xy[rows], axis=0), look["c"])
-    return figure
-
-
-def moving_map(maps: Mapping[str, Any], labels: Sequence, *, title: str = "", method="umap", seed=0, steps: int = 8) -> Animation:
-    """An animation from map to map, each (n, 2) under its name, coloured as by :func:`cluster_map`."""
+def moving_map(maps: Mapping[str, np.ndarray], labels: Sequence, *, steps: int = 8, **options: Any) -> Animation:
+    """An animation from map to map, each (n, 2) under its name, coloured as by :func:`cluster_map`, whose options it takes."""
     from PIL import Image
 
-    groups, names, places, frames = _groups(labels, None), list(maps), np.stack([*maps.values()]), []
-    with matplotlib.rc_context(LOOK["notebook"] | {"figure.figsize": (6.5, 4.2)}):
-        figure, (axes,) = _maps({names[0]: (places[0], groups)}, method, seed)
-        figure.suptitle(title)
-    axes.update_datalim(places[np.isfinite(places).all(axis=2)])
-    axes.autoscale_view()
-    eased = 0.5 - 0.5 * np.cos(np.pi * np.arange(1, steps + 1) / steps)
-    moments = np.append(0, np.add.outer(np.arange(len(maps) - 1), eased))
+    names, places, frames = list(maps), np.stack([*maps.values()]), []
+    moments = np.arange(steps * (len(maps) - 1) + 1) / steps
     for moment in moments:
         before, after = places[int(moment)], places[int(np.ceil(moment))]
-        for points, (_, rows, _) in zip(axes.collections, groups, strict=True):
-            points.set_offsets((before + moment % 1 * (after - before))[rows])
-        axes.set_title(names[round(moment)])
-        frames.append(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB").quantize(64))
+        figure = cluster_map({names[round(moment)]: (before + moment % 1 * (after - before), labels)}, **options)
+        figure.axes[0].update_datalim(places.reshape(-1, 2))
+        figure.axes[0].autoscale_view()
+        figure.savefig(frame := io.BytesIO(), format="png", dpi=80)
+        frames.append(Image.open(frame).convert("RGB").quantize(64))
     file, stay = io.BytesIO(), np.where(moments % 1, 60, 1500).tolist()
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=stay, loop=0)
     return Animation(file.getvalue())
@@ -184,44 +184,37 @@ def moving_map(maps: Mapping[str, Any], labels: Sequence, *, title: str = "", me
 
 @_styled
 def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], *, headings: Mapping[str, int] | None = None) -> Figure:
-    """One row per prototype: the samples nearest to it with their captions.
+    """One row per prototype: samples with their captions.
 
     Args:
-        images: for each prototype its nearest images (PIL or (H, W, 3)). None leaves a place free.
+        images: for each prototype its images (PIL or (H, W, 3)).
         captions: for each prototype the captions of those images.
         names: for each prototype what stands left of its row, in lines.
         headings: what stands above the columns, by the column where it begins.
     """
-    width = matplotlib.rcParams["figure.figsize"][0]
-    widths = np.array([0.3 if image is None else 1 for image in max(images, key=len)])
-    cell = 0.84 * width / widths.sum()
-    names = ["\n".join(textwrap.fill(_legible(line), 24) for line in name.split("\n")) for name in names]
-    heights = [max(cell + 0.4, 0.13 * name.count("\n") + 0.3) for name in names]
-    figure = _Figure(figsize=(width, sum(heights) + 0.3))
-    shape = {"squeeze": False, "height_ratios": heights, "width_ratios": [0.16 * width, *(cell * widths)]}
-    grid = figure.subplots(len(images), len(widths) + 1, subplot_kw={"frame_on": False, "xticks": [], "yticks": []}, **shape)
-    for axes, row, texts, name in zip(grid, images, captions, names, strict=True):
-        axes[0].text(1, 1, name, ha="right", va="top", fontsize=7, transform=axes[0].transAxes)
-        for place, image, text in zip(axes[1:], row, texts, strict=False):
-            if image is not None:
-                place.imshow(image)
-            lines = textwrap.fill(_legible(text), max(8, int(cell * 15)), max_lines=3, placeholder=" …")
-            place.text(0.5, -0.03, lines, ha="center", va="top", fontsize=7, transform=place.transAxes)
+    width, columns = matplotlib.rcParams["figure.figsize"][0], max(map(len, images))
+    cell = 0.84 * width / columns
+    figure = _Figure(figsize=(width, (cell + 0.5) * len(images) + 0.3))
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    grid = figure.subplots(len(images), columns + 1, squeeze=False, width_ratios=[0.16 * width, *[cell] * columns], subplot_kw=bare)
+    for (left, *places), row, texts, name in zip(grid, images, captions, names, strict=True):
+        lines = "\n".join(textwrap.fill(line, 24) for line in name.split("\n"))
+        left.text(1, 1, lines, ha="right", va="top", fontsize=7, transform=left.transAxes)
+        for axes, image, text in zip(places, row, texts, strict=False):
+            axes.imshow(image)
+            axes.set_xlabel(textwrap.fill(text, max(8, int(cell * 15)), max_lines=3, placeholder=" …"), fontsize=7)
     for heading, column in (headings or {}).items():
         grid[0, column + 1].set_title(heading, loc="left")
     return figure
 
 
-@_styled
-def cluster_sizes(sizes: Mapping[str, np.ndarray]) -> Figure:
+def cluster_sizes(sizes: Mapping[str, np.ndarray], **options: Any) -> Figure:
     """Members of each cluster, largest first, a line for each grouping: by name (K,). Empty clusters are counted."""
-    figure, (axes,) = _panels(1, 3.2)
+    lines = {}
     for name, counts in sizes.items():
-        label = f"{name}: {len(counts)} clusters, {(counts == 0).sum()} empty, median {np.median(counts):g}, largest {counts.max()}"
-        axes.step(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], where="mid", label=label)
-    axes.set(title="Cluster sizes", xlabel="clusters by size", ylabel="members", ylim=(0, None))
-    axes.legend()
-    return figure
+        about = f"{len(counts)} clusters, {(counts == 0).sum()} empty, median {np.median(counts):g}, largest {counts.max()}"
+        lines[f"{name}: {about}"] = pd.Series(np.sort(counts)[::-1])
+    return curves({"Cluster sizes": pd.DataFrame(lines).rename_axis("clusters by size")}, **options)
 
 
 @_styled
@@ -231,66 +224,49 @@ def heat_map(table: pd.DataFrame, *, title: str = "") -> Figure:
     figure = _Figure(figsize=(width, 0.8 * width))
     axes = figure.subplots()
     norm = matplotlib.colors.PowerNorm(0.5, 0, np.nanmax(table), clip=True)  # so that small values are seen beside large ones
-    figure.colorbar(axes.imshow(table, cmap="Blues", norm=norm, interpolation="nearest"))
+    figure.colorbar(axes.imshow(table, cmap="Blues", norm=norm, alpha=0.7))  # pale enough for black numbers
     axes.set(title=title, xlabel=table.columns.name, ylabel=table.index.name)
     if max(table.shape) <= 12:
         axes.set_xticks(range(table.shape[1]), table.columns, rotation=30, ha="right")
         axes.set_yticks(range(table.shape[0]), table.index)
         for (row, column), value in np.ndenumerate(table.to_numpy()):
-            colour = "white" if value > 0.3 * np.nanmax(table) else "black"
-            axes.text(column, row, f"{round(value, 2) + 0:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, f"{round(value, 2) + 0:.2f}", ha="center", va="center", fontsize=7)
     return figure
 
 
-def on_the_diagonal(table: pd.DataFrame) -> pd.DataFrame:
-    """A contingency table with rows and columns in the order that brings the most onto its diagonal, largest first."""
-    from scipy.optimize import linear_sum_assignment
-
-    counts = table.to_numpy()
-    matched = np.array(linear_sum_assignment(-counts))
-    matched = matched[:, np.argsort(-counts[tuple(matched)], kind="stable")]
-    rows, columns = (np.append(found, np.setdiff1d(range(n), found)) for found, n in zip(matched, counts.shape, strict=True))
-    return table.iloc[rows, columns]
-
-
 @_styled
-def soft_targets(images: Sequence, captions: Sequence, names: Sequence, teacher: Any, student: Any, *, title: str = "") -> Figure:
+def soft_targets(captions: Sequence[str], names: Sequence[str], teacher: Any, student: Any, *, title: str = "") -> Figure:
     """For some samples the teacher's and the student's distribution over the prototypes that weigh most in either.
 
     Args:
-        images, captions: the m samples; none draws an empty figure that says so.
+        captions: of the m samples.
         names: of the K prototypes.
         teacher, student: (m, K), each row sums to 1.
     """
-    if not len(images):
-        (figure := _Figure(figsize=(matplotlib.rcParams["figure.figsize"][0], 0.5))).suptitle("No prototypes at this checkpoint")
-        return figure
-    figure, panels = _panels(len(images), 2.2)
+    figure, panels = _panels(len(captions), 2.2)
     figure.suptitle(title)
-    for axes, image, caption, *shares in zip(panels, images, captions, teacher, student, strict=False):
+    for axes, caption, *shares in zip(panels, captions, teacher, student, strict=True):
         top = np.argsort(-np.maximum(*shares), kind="stable")[:5]
         for i, who in enumerate(("teacher", "student")):
             axes.barh(np.arange(len(top)) + 0.4 * i - 0.2, shares[i][top], 0.4, color=PALETTE[i], label=who)
-        axes.set_yticks(range(len(top)), [textwrap.fill(_legible(names[k]), 16) for k in top], fontsize=7)
-        axes.set(xlim=(0, 1), ylim=(len(top) - 0.5, -0.5), title=textwrap.fill(_legible(caption), 28, max_lines=2, placeholder=" …"))
-        corner = axes.inset_axes([0.55, 0.03, 0.45, 0.55], anchor="SE")
-        corner.imshow(image)
-        corner.set_axis_off()
+        axes.set_yticks(range(len(top)), [textwrap.fill(names[k], 16) for k in top], fontsize=7)
+        axes.set(xlim=(0, 1), ylim=(len(top) - 0.5, -0.5), title=textwrap.fill(caption, 28, max_lines=2, placeholder=" …"))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
 def gap_sweep(table: pd.DataFrame, **options: Any) -> Figure:
-    """Measures against the share of the gap by which images and texts were moved together, with their intervals.
+    """Measures against the share of the gap by which images and texts were moved together, a line for each data set.
 
     Args:
         table: rows of ``Run.evaluations()`` of one checkpoint; those whose measure is ``gap_sweep_NAME@SHARE`` are drawn.
     """
-    x = "share of the gap closed"
-    swept = table["measure"].str.extract(r"^gap_sweep_(.+)@(.+)").set_axis(["name", x], axis=1).dropna().astype({x: float}).join(table)
-    kinds = {"value": "", "low": "/low", "high": "/high"}
-    parts = [swept.pivot(index=["dataset", x], columns="name", values=kind).add_suffix(kinds[kind]) for kind in kinds]
-    return progress_curves(pd.concat(parts, axis=1).reset_index(), swept["name"].unique(), x=x, by="dataset", marks=[0], **options)
+    swept = table["measure"].str.extract(r"^gap_sweep_(?P<name>.+)@(?P<share>.+)").dropna().join(table)
+    swept["share of the gap closed"] = swept["share"].astype(float)
+    panels = {
+        name: rows.pivot(index="share of the gap closed", columns="dataset", values="value") for name, rows in swept.groupby("name")
+    }
+    return curves(panels, marks=[0], **options)
 
 
 def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_episode: int | None = None, **options: Any) -> Figure:
@@ -302,128 +278,55 @@ def training_curves(metrics: pd.DataFrame, infonce_warmup_episodes=0, lit_start_
     """
     ends = metrics.groupby("episode")["step"].max()
     stages = {"warm-up": (0, ends.loc[:infonce_warmup_episodes].max())} if infonce_warmup_episodes else {}
-    if lit_start_episode is not None and lit_start_episode in ends:
+    if lit_start_episode in ends:
         stages["image tower locked"] = (ends.loc[: lit_start_episode - 1].max(), ends.max())
     steps, episodes = (metrics[metrics["kind"] == kind] for kind in ("step", "episode"))
-    means = steps.groupby(steps["step"] * 60 // (ends.max() + 1)).mean(numeric_only=True)
-    panels = {"loss": (means, "loss/"), "accuracy": (means, "accuracy/"), "gap and std": (episodes, ("gap", "image_", "text_"))}
-    parts = []
-    for panel, (rows, kind) in panels.items():
-        own = rows[["step", *(name for name in rows if name.startswith(kind))]]
-        parts.append(own.rename(columns=lambda name: name.rpartition("/")[2].replace("_", " ")).melt("step", None, "run", panel))
-    table = pd.concat(parts).dropna(axis=1, how="all")
-    return progress_curves(table, table.columns.drop(["step", "run"]), x="step", stages=stages, marks=ends.iloc[:-1], **options)
+    means = steps.groupby(steps["step"] * 60 // (ends.max() + 1)).mean(numeric_only=True).set_index("step")
+    panels = {"loss": means.filter(regex="^loss/"), "accuracy": means.filter(regex="^accuracy/")}
+    panels["gap and std"] = episodes.set_index("step").filter(regex="^gap$|_std$").dropna(axis=1, how="all")
+    panels = {panel: table.rename(columns=lambda name: name.rpartition("/")[2]) for panel, table in panels.items() if table.size}
+    return curves(panels, stages=stages, marks=ends.iloc[:-1], **options)
+
+
+def progress_curves(table: pd.DataFrame, columns: Sequence[str], **options: Any) -> Figure:
+    """Metrics of runs against episodes: a panel for each column, a line for each run, which column "run" names."""
+    return curves({column: table.pivot_table(column, "episode", "run") for column in columns}, **options)
 
 
 @_styled
-def progress_curves(
-    table: pd.DataFrame, columns: Sequence[str], *, x="episode", by="run", stages: Mapping | None = None, marks: Sequence[float] = ()
-) -> Figure:
-    """Metrics against episodes: a panel for each column, a line for each run.
+def curves(panels: Mapping[str, pd.DataFrame], *, stages: Mapping[str, tuple] | None = None, marks: Sequence[float] = ()) -> Figure:
+    """Small multiples of curves.
 
     Args:
-        table: a row per measurement, e.g. ``Run.metrics()``; several runs concatenated, told apart by column ``by``,
-            which may be missing when there is one.
-        columns: what to draw; values that are NaN are left out of their line. Columns ``NAME/low`` and ``NAME/high``
-            are drawn as the interval of ``NAME``.
-        x, by: columns.
-        stages: stretches of x to shade, by name.
-        marks: where on x a thin line stands.
+        panels: by title a table each, whose columns are drawn against its index; what is NaN is left out of its line.
+            Columns of one name look the same in every panel.
+        stages: stretches of the index to shade, by name.
+        marks: where a thin line stands.
     """
-    table = table if by in table else table.assign(**{by: ""})
-    figure, panels = _panels(len(columns))
-    for axes, column in zip(panels, columns, strict=True):
-        for run, rows in table.groupby(by, sort=False):
-            line = rows.dropna(subset=column).sort_values(x)
-            (drawn,) = axes.plot(
-                line[x], line[column], marker="o" if len(line) < 50 else "", markersize=3, linewidth=1.2, label=str(run)
-            )
-            if f"{column}/low" in line:
-                ends = line[f"{column}/low"], line[f"{column}/high"]
-                axes.fill_between(line[x], *ends, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    figure, grid = _panels(len(panels))
+    looks = dict(zip(dict.fromkeys(name for table in panels.values() for name in table), LINES(), strict=False))
+    shown = {}
+    for axes, (title, table) in zip(grid, panels.items(), strict=True):
+        for name in table:
+            line = table[name].dropna()
+            (shown[name],) = axes.plot(line, marker="o" if len(line) < 50 else "", markersize=3, linewidth=1.2, **looks[name])
         for stage, colour in zip(stages or {}, PALETTE[4:], strict=False):
-            axes.axvspan(*stages[stage], color=colour, alpha=0.2, linewidth=0, label=stage)
+            shown[stage] = axes.axvspan(*stages[stage], color=colour, alpha=0.2, linewidth=0)
         for mark in marks if len(marks) < 50 else ():
-            axes.axvline(mark, color=OTHERS["c"], linewidth=0.5, zorder=0)
-        axes.set(title=textwrap.fill(column.replace("_", " "), 26), xlabel=x)
+            axes.axvline(mark, color=GREY, linewidth=0.5, zorder=0)
+        axes.set(title=title.replace("_", " "), xlabel=table.index.name)
         axes.locator_params("x", integer=True)
-    if known := panels[0].get_legend_handles_labels()[0]:
-        figure.legend(handles=known, loc="outside upper center", ncols=4 if figure.get_figwidth() > 5 else 2)
+    names = [name.replace("_", " ") for name in shown]
+    across = max(1, int(figure.get_figwidth() * 14 / (max(map(len, names)) + 8)))
+    figure.legend(shown.values(), names, loc="outside upper center", ncols=across)
     return figure
 
 
-def _onto(xy: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """``xy`` turned, mirrored, scaled and moved to lie as near as can be to ``other``."""
-    from scipy.linalg import orthogonal_procrustes
-
-    centred = xy - xy.mean(axis=0)
-    turn, overlap = orthogonal_procrustes(centred, other - other.mean(axis=0))
-    return centred @ turn * overlap / max(np.square(centred).sum(), 1e-12) + other.mean(axis=0)
-
-
-def _groups(labels: Sequence, names: Sequence[str] | None) -> list[tuple[str, np.ndarray, dict]]:
-    """Rows of each label with a name and a look: (name, rows, look). Few labels in their order, many by size."""
-    labels = np.asarray(labels)
-    values, counts = np.unique(labels, return_counts=True)
-    looks = LOOKS if matplotlib.rcParams["figure.figsize"][0] > 5 else LOOKS[: len(PALETTE)]
-    # Few labels have their looks in every figure; and what is called red is not drawn in blue.
-    order = np.arange(len(values)) if len(values) <= len(PALETTE) else np.argsort(-counts, kind="stable")
-    shown = order[: len(looks) if len(values) <= len(looks) else len(looks) - 1]
-    if set(values.tolist()) <= set(HUES):
-        looks = [LOOKS[0] | {"c": HUES[value]} for value in values]
-    texts = [str(values[i] if names is None else names[values[i]]) for i in shown]
-    texts = [textwrap.shorten(_legible(text), 32, placeholder="…") for text in texts]
-    groups = [(text, labels == values[i], look) for text, i, look in zip(texts, shown, looks, strict=False)]
-    rest = ~np.isin(labels, values[shown])
-    return groups + ([(f"{len(values) - len(shown)} others", rest, OTHERS)] if rest.any() else [])
-
-
-def _maps(maps: Mapping[str, tuple], method: str, seed: int, note: str = "", *, common: bool = False) -> tuple[Figure, list]:
-    """Maps by title, each (xy, groups): points whose coordinates mean nothing by themselves; ``common`` axes and legend."""
-    (xy, _), *others = maps.values()
-    width, height = matplotlib.rcParams["figure.figsize"]
-    figure, grid = _panels(len(maps), 2.6 if common else min(height, 3.9) if others else height, sharex=common, sharey=common)
-    points = int(np.isfinite(xy).all(axis=1).sum())
-    made = f"{points:,} points" + (f" of {len(xy):,}, stratified" if points < len(xy) else "") + f" · {METHODS[method]}"
-    figure.supxlabel(textwrap.fill(note + made + ("" if method == "pca" else f", seed {seed}"), int(width * 18)), color=GREY)
-    size = np.clip(20000 / max(points, 1), 4, 30) * (0.4 if others or width < 5 else 1)
-    for axes, (title, (xy, groups)) in zip(grid, maps.items(), strict=True):
-        axes.set(title=title, xticks=[], yticks=[])
-        for name, rows, look in groups:
-            axes.scatter(*xy[rows].T, label=f"{name} ({rows.sum():,})", s=size, alpha=0.7, linewidths=0, **look)
-    columns = grid[0].get_gridspec().ncols
-    across = int(width / columns * 14 / (max(len(name) for name, *_ in groups) + 8))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": max(1, across)}
-    if width > 5 and (common or not others):
-        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    bearers = [grid[columns - 1] if width > 5 else grid[-1]] if common else grid
-    for handle in [handle for axes in bearers for handle in axes.legend(columnspacing=1, handletextpad=0.2, **place).legend_handles]:
-        handle.set(sizes=[30], alpha=1)
-    return figure, grid
-
-
-def _panels(count: int, height: float = 2.5, **shared) -> tuple[Figure, list]:
+def _panels(count: int, height: float = 2.5) -> tuple[Figure, list]:
     """Small multiples: at most three in a row, one in a column of a paper."""
     require(count, "nothing to draw: no column is named, or none holds numbers")
     width = matplotlib.rcParams["figure.figsize"][0]
-    columns = min(2 if count == 4 else count, int(width / 2.9))
+    columns = min(count, int(width / 2.9))
     rows = -(-count // columns)
     figure = _Figure(figsize=(width, max(width / 3, height * rows)))
-    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
-    for spare in grid[count:]:
-        spare.remove()
-    return figure, list(grid[:count])
-
-
-def _name(axes: Any, text: str, place: Sequence[float], colour: str) -> None:
-    """A word in a frame on a map."""
-    frame = {"facecolor": "white", "edgecolor": colour, "alpha": 0.85, "pad": 1.5, "linewidth": 0.8}
-    axes.annotate(text, place, (0, 9), textcoords="offset points", ha="center", va="center", fontsize=7, bbox=frame)
-
-
-def _legible(text: str) -> str:
-    """Letters that the figure's font lacks as empty boxes, without a warning for each."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return "".join(c if ord(c) in known or c.isspace() else "□" for c in text)
+    return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]

@@ -1,10 +1,9 @@
 """A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
 
-import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, evaluation, losses, plots, prototypes, randomness, runs, teachers
+from protoclip_lab.config import require
 from protoclip_lab.data.pairs import Pairs
 
 # Without prototypes of its own, a model's features are clustered with this many members in the mean.
 MEMBERS = 25
-LARGEST = 300  # clusters of a modality that a picture of all pairs of them has room for
 MOMENTS = 9  # checkpoints looked at through training
 # What typical words are not. The lists that come with libraries hold "top", "side" and "bottom" too.
 FUNCTION_WORDS = "an and are as at by for from in is it its of on or that the this to with".split()
@@ -50,7 +49,6 @@ class Snapshot:
     method: str = "umap"
     labels: Sequence[str] = ()
     paper: bool = False
-    _found: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)  # by prototypes(), which takes its time
 
     @property
     def gap(self) -> dict[str, float]:
@@ -76,6 +74,7 @@ class Snapshot:
         fitting = [record for record in self.records if of in (record.teacher, record.student)]
         return min(fitting, key=lambda record: record.teacher != of, default=None)
 
+    @lru_cache(8)  # noqa: B019
     def prototypes(self, of: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
         """Each sample's prototype, the prototypes and the features they live among.
 
@@ -88,20 +87,18 @@ class Snapshot:
         Returns:
             labels (n,), centroids (K, d), features (n, d).
         """
-        if of not in self._found:
-            if of in prototypes.STUDENTS:
-                features = getattr(self.features, f"{of}_projection")
-            else:
-                stored = dict(zip(self.run.config.teacher_names(), self.run.config.teachers, strict=True))[of]
-                features = torch.from_numpy(teachers.load(stored.features, self.pairs)[self.rows])
-            if record := self._record(of):
-                centroids = record.teacher_centroids if record.teacher == of else record.centroids
-                # The nearest occupied one: the place of an empty cluster means nothing.
-                labels = replace(record, teacher_centroids=centroids).labels_of(slice(None), features)
-            else:
-                labels, centroids, *_ = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
-            self._found[of] = labels.numpy(), centroids, features
-        return self._found[of]
+        if of in prototypes.STUDENTS:
+            features = getattr(self.features, f"{of}_projection")
+        else:
+            stored = dict(zip(self.run.config.teacher_names(), self.run.config.teachers, strict=True))[of]
+            features = torch.from_numpy(teachers.load(stored.features, self.pairs)[self.rows])
+        if record := self._record(of):
+            centroids = record.teacher_centroids if record.teacher == of else record.centroids
+            # The nearest occupied one: the place of an empty cluster means nothing.
+            labels = replace(record, teacher_centroids=centroids).labels_of(slice(None), features)
+        else:
+            labels, centroids, *_ = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
+        return labels.numpy(), centroids, features
 
     def label(self, column: str) -> np.ndarray:
         """A column of the table for the sampled rows, (n,)."""
@@ -116,21 +113,16 @@ class Snapshot:
     @cached_property
     def agreement(self) -> pd.DataFrame:
         """AMI of each two of the groupings."""
-        return pd.DataFrame({name: self.agreement_with(name) for name in self.groupings})
-
-    def agreement_with(self, name: str) -> pd.Series:
-        """AMI of each of the groupings with one of them."""
         from sklearn.metrics import adjusted_mutual_info_score
 
-        return pd.Series({other: adjusted_mutual_info_score(found, self.groupings[name]) for other, found in self.groupings.items()})
+        return pd.DataFrame({name: pd.factorize(found)[0] for name, found in self.groupings.items()}).corr(adjusted_mutual_info_score)
 
     @property
     def overlap(self) -> pd.DataFrame:
-        """Samples shared by the ``LARGEST`` image and text clusters in their episode, or here; most of them on the diagonal."""
-        found = {r.teacher: r.labels.numpy() for r in reversed(self.records)}
-        labels = [pd.Series(found.get(name, self.groupings[name])) for name in prototypes.STUDENTS]
-        labels = [given.where(given.isin(given.value_counts().index[:LARGEST])) for given in labels]
-        return plots.on_the_diagonal(pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"]))
+        """Samples shared by image and text clusters; the text clusters in the order of the image cluster that holds most of each."""
+        labels = [self.groupings[name] for name in prototypes.STUDENTS]
+        table = pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"])
+        return table.iloc[:, table.to_numpy().argmax(axis=0).argsort(kind="stable")]
 
     @property
     def sizes(self) -> dict[str, np.ndarray]:
@@ -138,28 +130,12 @@ class Snapshot:
         found = {f"{r.teacher} {len(r.centroids)}": np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
         return found or {name: np.bincount(self.groupings[name]) for name in prototypes.STUDENTS}
 
-    def xy(self, modality: str = "image", like: np.ndarray | None = None) -> np.ndarray:
-        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2).
-
-        Kept under ``maps`` in the run's folder. Of more than ``plots.MAX_POINTS`` a stratified part is mapped, the rest
-        is NaN. ``like`` is a map to resemble, see :func:`protoclip_lab.plots.embed`.
-        """
-        joint, n = modality == "joint", len(self.rows)
-        parts = [self.features.image, self.features.text] if joint else [getattr(self.features, f"{modality}_projection")]
-        most = plots.MAX_POINTS // len(parts)
-        groups = self.groupings[next(iter(self.labels), "image")] if n > most else self.rows
-        kept = plots.stratified(groups, most, seed=self.seed) if like is None else np.flatnonzero(np.isfinite(like[:, 0]))
-        given = {"features": torch.cat([part[kept] for part in parts]).numpy(), "like": None if like is None else like[kept]}
-        about = f"{self.method} {self.seed} {plots.METHODS.get(self.method)} {given['features'].shape}"
-        key = hashlib.sha256(about.encode() + b"".join(array.tobytes() for array in given.values() if array is not None))
-        file = self.run.path / "maps" / f"{key.hexdigest()[:32]}.npy"
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            np.save(file.with_suffix(".partial.npy"), plots.embed(**given, method=self.method, seed=self.seed))
-            file.with_suffix(".partial.npy").replace(file)
-        xy = np.full((len(parts), n, 2), np.nan, np.float32)
-        xy[:, kept] = np.load(file, allow_pickle=False).reshape(len(parts), -1, 2)
-        return xy.reshape(-1, 2)
+    @lru_cache(8)  # noqa: B019
+    def xy(self, modality: str = "image") -> np.ndarray:
+        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2)."""
+        both = torch.cat([self.features.image, self.features.text])
+        features = both if modality == "joint" else getattr(self.features, f"{modality}_projection")
+        return plots.embed(features.numpy(), method=self.method, seed=self.seed)
 
     def names(self, of: str = "image") -> list[str]:
         """What each of K prototypes is called: its number and the words typical of its captions in the sample."""
@@ -172,26 +148,29 @@ class Snapshot:
 
         A sample disagrees where its label is not the commonest of its prototype.
         """
-        found = {"prototype": self.prototypes(modality)[0]}
+        assigned = self.prototypes(modality)[0]
+        found = {"prototype": np.array(self.names(modality))[assigned]}
         for column in self.labels:
             label = pd.Series(self.label(column))
-            commonest = label.groupby(found["prototype"]).transform(lambda members: members.mode()[0])
+            commonest = label.groupby(assigned).transform(lambda members: members.mode()[0])
             found |= {column: label.to_numpy(), f"disagreement with {column}": np.where(label == commonest, "agrees", "disagrees")}
         return found
 
+    @property
+    def _look(self) -> dict[str, Any]:
+        return {"method": self.method, "seed": self.seed, "paper": self.paper}
+
     def joint_map(self) -> Figure:
         """Joint map of image and text features, the gap between their means."""
-        is_text = np.repeat([False, True], len(self.rows))
-        return plots.joint_map(self.xy("joint"), is_text, gap=self.gap["gap"], method=self.method, seed=self.seed, paper=self.paper)
+        return plots.joint_map(*np.split(self.xy("joint"), 2), self.gap["gap"], **self._look)
 
     def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
         """Maps of a modality's features: one coloured by prototype, and for each label column one by it and by disagreement."""
         xy, colours = self.xy(modality), self.colourings(modality)
-        how = {"method": self.method, "seed": self.seed, "paper": self.paper}
         title = f"{modality}s by {'prototype' if self.records else 'k-means cluster'}"
-        made = {"prototypes": plots.cluster_map(xy, colours["prototype"], names=self.names(modality), title=title, **how)}
+        made = {"prototypes": plots.cluster_map({title: (xy, colours["prototype"])}, **self._look)}
         for label in self.labels:
-            made[label] = plots.cluster_map(xy, {name: colours[name] for name in (label, f"disagreement with {label}")}, **how)
+            made[label] = plots.cluster_map({name: (xy, colours[name]) for name in (label, f"disagreement with {label}")}, **self._look)
         return made
 
     def maps_through(self) -> tuple[Figure, plots.Animation]:
@@ -201,11 +180,11 @@ class Snapshot:
         """
         maps: dict[str, np.ndarray] = {}
         for moment, then in reversed(self.through.items()):
-            maps = {moment: then.xy(like=next(iter(maps.values()), None))} | maps
+            how = {"method": self.method, "seed": self.seed, "like": next(iter(maps.values()), None)}
+            maps = {moment: plots.embed(then.features.image_projection.numpy(), **how)} | maps
         by = max(self.labels, key=lambda label: self.agreement.loc["image", label], default="image")
-        how = {"title": f"Images through training, coloured by {by}", "method": self.method, "seed": self.seed}
-        figure = plots.cluster_map(maps, self.groupings[by], paper=self.paper, **how)
-        return figure, plots.moving_map(maps, self.groupings[by], **how)
+        labels, how = self.groupings[by], self._look | {"title": f"Images through training, coloured by {by}"}
+        return plots.cluster_map({name: (xy, labels) for name, xy in maps.items()}, **how), plots.moving_map(maps, labels, **how)
 
     def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> Figure:
         """Some prototypes, drawn at random among those with enough members: nearest samples, words, size, purity, twin.
@@ -214,39 +193,40 @@ class Snapshot:
         """
         (assigned, centroids, features), names = self.prototypes(modality), self.names(modality)
         sizes, nearest = np.bincount(assigned, minlength=len(centroids)), min(nearest, 2) if self.paper else nearest
-        large = np.flatnonzero(sizes >= min(nearest, sizes.max()))
+        nearest = min(nearest, sizes.max())
         record, other = self._record(modality), {"image": "text", "text": "image"}[modality]
         twin = next((r.centroids for r in self.records if (r.teacher, r.student) == (record.teacher, other)), None)
-        headings = {f"nearest {modality}s": 0} | ({} if twin is None else {f"{other}s nearest to its twin": nearest + 1})
+        headings = {f"nearest {modality}s": 0} | ({} if twin is None else {f"{other}s nearest to its twin": nearest})
         rows = []
-        for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(large)[:prototypes]:
+        for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(np.flatnonzero(sizes >= nearest))[:prototypes]:
             members = np.flatnonzero(assigned == chosen)
             shown = [*members[by_distance(features[members], centroids[chosen])][:nearest]]
             if twin is not None:
-                shown += [None, *by_distance(self.prototypes(other)[2], twin[chosen])[: nearest - 1]]
-            images, captions = map(list, zip(*((None, "") if i is None else self.pairs[self.rows[i]] for i in shown), strict=True))
+                shown += [*by_distance(self.prototypes(other)[2], twin[chosen])[:nearest]]
+            images, captions = zip(*(self.pairs[self.rows[i]] for i in shown), strict=True)
             shares = [pd.Series(self.label(label)[members]).value_counts(normalize=True) for label in self.labels]
             purity = [f"{share.iloc[0]:.0%} {share.index[0]}" for share in shares]
             rows.append((images, captions, "\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity])))
         return plots.prototype_sheet(*zip(*rows, strict=True), headings=headings, paper=self.paper)
 
-    def soft_targets(self, teacher: str = "text", student: str = "image", samples: int = 6) -> Figure:
-        """For some samples, the soft target of this teacher, or else the first there is, and the student's distribution."""
-        taught = [r for r in self.records if r.student == student]
-        record = min(taught, key=lambda r: r.teacher != teacher, default=None)
-        if record is None:
-            return plots.soft_targets([], [], [], [], [], paper=self.paper)
+    def soft_targets(self, samples: int = 6) -> Figure:
+        """For some samples, the soft target of the images' first teacher, and what the image feature makes of it.
+
+        Raises:
+            ValueError: nobody teaches the images at this checkpoint.
+        """
+        record = next((record for record in self.records if record.student == "image"), None)
+        require(record, f"there are no prototypes at {self.checkpoint}")
         chosen, config = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples], self.run.config
         # The internal teachers' is the run's own.
         temperature = dict(zip(config.teacher_names(), config.teachers, strict=True)).get(record.teacher, config).temperature
         T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
         p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
-        h = getattr(self.features, f"{student}_projection")[chosen]
-        q = losses.masked(scale * h @ C.T, record.occupied).softmax(1)
-        images, captions = zip(*(self.pairs[row] for row in self.rows[chosen]), strict=True)
-        title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: {student} (scale {scale:.1f})"
-        return plots.soft_targets(images, captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
+        q = losses.masked(scale * self.features.image_projection[chosen] @ C.T, record.occupied).softmax(1)
+        captions = [self.pairs.caption(row) for row in self.rows[chosen]]
+        title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: image (scale {scale:.1f})"
+        return plots.soft_targets(captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
 def open_snapshot(
@@ -256,7 +236,8 @@ def open_snapshot(
 
     Args:
         checkpoint: a checkpoint folder; empty takes the run's latest.
-        samples: number of pairs, drawn at random from ``seed``; all where the table has fewer.
+        samples: number of pairs, drawn at random from ``seed``, of each value of the first label column its share; all
+            where the table has fewer.
         output: not used here: where 04 keeps its pictures.
         look: method, labels and paper of :class:`Snapshot`, for the pictures.
 
@@ -266,7 +247,10 @@ def open_snapshot(
     run = runs.Run(run)
     checkpoint = run.checkpoint(checkpoint)
     pairs = runs.pairs_of(run)
-    rows = np.sort(randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))[:samples])
+    order = randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))
+    for label in look.get("labels", ())[:1]:
+        order = order[pd.Categorical(pairs.column(label)).codes[order].argsort(kind="stable")]
+    rows = np.sort(order[np.linspace(0, len(pairs) - 1, min(samples, len(pairs))).astype(int)])
     return Snapshot(run, checkpoint, pairs, rows, _encode(checkpoint, pairs, rows), seed, **look)
 
 
@@ -291,15 +275,13 @@ def history(snapshot: Snapshot) -> pd.DataFrame:
     """Gap and grouping of the same sample through training.
 
     Returns:
-        A row for each of :attr:`Snapshot.through`: episode, gap, agreement (AMI) of image prototypes with each other grouping.
+        A row for each of :attr:`Snapshot.through`: by episode the gap, and the agreement (AMI) of image prototypes with each
+        other grouping, "and NAME".
     """
-    rows = []
+    rows = {}
     for name, then in snapshot.through.items():
-        agreement = then.agreement_with("image").drop("image").add_prefix("AMI of image groups and ")
-        # Before the first prototypes there are only the clusters of the sample, of another number.
-        agreement = agreement if bool(then.records) == bool(snapshot.records) else {}
-        rows.append({"episode": int(name.split()[1]), "gap": then.gap["gap"], **agreement})
-    return pd.DataFrame(rows)
+        rows[int(name.split()[1])] = {"gap": then.gap["gap"], **then.agreement["image"].drop("image").add_prefix("and ")}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("episode")
 
 
 def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> encoders.Outputs:

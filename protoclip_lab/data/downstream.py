@@ -13,14 +13,14 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from protoclip_lab.config import nearest_name, require
+from protoclip_lab.config import require, require_known
 from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import NO_PLACE, Pairs, fingerprint, index_tar, read_image
 from protoclip_lab.storage import write_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-Classes = str | Path | Sequence[str]
+Classes = str | Sequence[str]
 
 # Data sets known by name: see the file.
 KNOWN: dict[str, dict] = yaml.safe_load((resources.files("protoclip_lab.data") / "downstream.yaml").read_text("utf-8"))
@@ -153,22 +153,21 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
         ValueError: class names and folders, or images and labels, do not fit. What a reader finds missing or broken
             otherwise comes as its own error.
     """
-    about, listed = KNOWN[name], Path(root) / name / "classes.txt"
-    classes = about.get("classes") or (listed if listed.is_file() else None)
+    about, classes = KNOWN[name], KNOWN[name].get("classes")
     found = find(name, root, [f"{name}/{part}", f"{name}/{part}.tar", *about[part]])
     if found[0].name in TORCHVISION or found[0].parent.name.startswith("cifar-"):
         read = _torchvision if found[0].name in TORCHVISION else _cifar
         try:
             images, labels, names = read(found, part, classes)
-            if not 0 < len(images) == len(labels) or max(labels) >= len(names):
-                raise ValueError(f"{len(images)} images, {len(labels)} labels of {len(names)} classes do not fit")
+            fit = 0 < len(images) == len(labels) and max(labels) < len(names)
+            require(fit, f"{len(images)} images, {len(labels)} labels of {len(names)} classes do not fit")
         except ValueError as error:
             raise ValueError(f"{part} part of {name} in {found[0].parent} is cut short: {error}. To get it: {about['get']}") from error
         return [Labelled(names, list(names), np.asarray(labels, dtype=np.int64), images)]
     labelled = [from_classes(path, classes) for path in found]
-    if classes is None and any(folder.isdigit() for folder in labelled[0].classes):
-        # Numbers in prompts would give figures that look like results.
-        raise ValueError(f"class folders of {found[0]} are numbers: put the names, one a line, into {listed}")
+    # Numbers in prompts would give figures that look like results.
+    numbers = classes is None and any(folder.isdigit() for folder in labelled[0].classes)
+    require(not numbers, f"class folders of {found[0]} are numbers: name them by their classes")
     return labelled
 
 
@@ -261,36 +260,27 @@ def _words(folder: str) -> str:
 
 
 def class_names(classes: Classes) -> list[str]:
-    """Names themselves, a text file with one a line, or the name of a set that clip_benchmark knows ("flowers", …).
-
-    Raises:
-        ValueError: neither a known set (the nearest is named) nor a file.
-        FileNotFoundError: what looks like a file name is none.
-    """
+    """Names themselves, or those of a set that clip_benchmark knows ("flowers", …); ValueError names the nearest."""
     return _listed("classes", classes, "en_classnames.json", {})
 
 
 def templates(templates: Classes) -> list[str]:
-    """Templates themselves, a file of them, or those of a known set ("cifar10", "imagenet", "shapes/colour", …).
+    """Templates themselves, or those of a known set ("cifar10", "imagenet1k", "shapes/colour", …).
 
     Raises:
-        ValueError: neither a known set (the nearest is named) nor a file, or a template without ``{}``.
-        FileNotFoundError: what looks like a file name is none.
+        ValueError: no known set (the nearest is named), or a template without ``{}``.
     """
     own = {f"shapes/{factor}": prompts for factor, prompts in shapes.PROMPTS.items()}
     found = _listed("templates", templates, "en_zeroshot_classification_templates.json", own)
-    if not found or not all("{}" in template for template in found):
-        raise ValueError(f"templates {found}: at least one is needed, each with {{}} where the class name goes")
+    fit = found and all("{}" in template for template in found)
+    require(fit, f"templates {found}: at least one is needed, each with {{}} where the class name goes")
     return found
 
 
 def _listed(what: str, given: Classes, file: str, own: dict[str, Sequence[str]]) -> list[str]:
-    """A list as given, read from a file, or known by name: to ``file`` of clip_benchmark or as one of our ``own``."""
-    known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}")) | own
-    known["imagenet"] = known["imagenet1k"]
-    given = known.get(given, given) if isinstance(given, str) else given
-    if not isinstance(given, str | Path):
-        return list(given)
-    if Path(given).suffix or Path(given).is_file():
-        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise ValueError(f"{what} = '{given}' is neither a list, a file nor a known set; the nearest is {nearest_name(given, known)!r}")
+    """A list as given, or known by name: to ``file`` of clip_benchmark or as one of our ``own``."""
+    if isinstance(given, str):
+        known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}")) | own
+        require_known(given, known, f"{what} = {given!r} is neither a list nor a known set")
+        given = known[given]
+    return list(given)

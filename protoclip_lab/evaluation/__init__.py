@@ -29,8 +29,6 @@ SWEPT = ("top1", "mean_recall", "image_to_text_R@1", "text_to_image_R@1")
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # Up to so many numbers (4,000 rows of 1,024) the fit is in float64, whose line search comes closer to the minimum.
 DOUBLE_ELEMENTS = 2**22
-# Silhouettes need every distance: more items than this are sampled.
-SILHOUETTE_ITEMS = 10_000
 # Resamples of what has to be computed anew for each; means take as many as are asked for.
 COSTLY_DRAWS = 100
 # Of so many (class, cluster) cells chance agreement takes seconds: fewer resamples have to do.
@@ -204,11 +202,11 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
         over the classes that have an image.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; a label out of range; NaN or Inf.
+        ValueError: a label missing or out of range; NaN or Inf.
+        RuntimeError: features of another width, from torch.
     """
     image = as_features(image, "image", normalise=True)
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
-    require(image.shape[1] == len(classifier), f"image {tuple(image.shape)} and classifier {tuple(classifier.shape)} do not fit")
     classes = classifier.shape[1]
     labels = as_indices(labels, len(image), classes, "labels").numpy()
     top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))]
@@ -368,7 +366,8 @@ def linear_probe(
         "accuracy" and "mean_per_class" (over classes in test), percent; "strength", the one chosen.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; NaN or Inf; an unknown scaling.
+        ValueError: a label missing; NaN or Inf; an unknown scaling.
+        RuntimeError: features of another width, from torch.
     """
     require(scaling in ("standardise", "l2"), f"scaling {scaling!r} is neither 'standardise' nor 'l2'")
     x, y, classes, test_x, test_y = _checked(train_x, train_y, test_x, test_y, normalise=scaling == "l2")
@@ -409,7 +408,6 @@ def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, normalise:
     """Features of train, its classes' numbers, the classes, features of test, on a GPU where there is one, and labels of test."""
     given = {"train_x": train_x, "test_x": test_x}
     train_x, test_x = (as_features(x, name, normalise=normalise).to(best_device()) for name, x in given.items())
-    require(train_x.shape[1] == test_x.shape[1], f"train_x {tuple(train_x.shape)} and test_x {tuple(test_x.shape)} do not fit")
     classes, y = np.unique(as_labels(train_y, len(train_x), "train_y"), return_inverse=True)
     return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x, as_labels(test_y, len(test_x), "test_y")
 
@@ -452,8 +450,7 @@ def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0,
         labels: (N,) of any kind.
         k: number of clusters; None takes the number of classes among ``labels``.
         seed: of k-means and of the resamples.
-        seeds: k-means is run from ``seed``, ``seed + 1``, …, and values and intervals are means over them; with more
-            than one, "ARI_sd" and so on tell the standard deviation between them.
+        seeds: k-means is run from ``seed``, ``seed + 1``, …, and values and intervals are means over them.
         draws: resamples of the items for 95 % intervals.
 
     Raises:
@@ -461,9 +458,8 @@ def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0,
     """
     features = as_features(features, "features")
     k = len(np.unique(as_labels(labels, len(features), "labels"))) if k is None else k
-    runs = [agreement(kmeans(features, k, seed=start).labels, labels, draws=draws, seed=seed) for start in range(seed, seed + seeds)]
-    spread = {f"{name}_sd": Estimate(np.std([run[name] for run in runs], ddof=1)) for name in runs[0]} if seeds > 1 else {}
-    return mean(runs) | spread
+    starts = range(seed, seed + seeds)
+    return mean([agreement(kmeans(features, k, seed=start).labels, labels, draws=draws, seed=seed) for start in starts])
 
 
 def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> Estimates:
@@ -483,17 +479,14 @@ def agreement(assignments: Any, labels: Any, *, draws: int = 0, seed: int = 0) -
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    from sklearn import metrics
+    from sklearn.metrics import cluster
 
     rows = len(labels)
     found = np.unique(as_labels(assignments, rows, "assignments"), return_inverse=True)[1]
     known = np.unique(as_labels(labels, rows, "labels"), return_inverse=True)[1]
-    scores = {
-        "ARI": metrics.adjusted_rand_score,
-        "AMI": metrics.adjusted_mutual_info_score,
-        "NMI": metrics.normalized_mutual_info_score,
-    }
-    scores["purity"] = lambda *pair: metrics.cluster.contingency_matrix(*pair).max(axis=0).sum() / rows
+    scores = {"ARI": cluster.adjusted_rand_score, "AMI": cluster.adjusted_mutual_info_score}
+    scores["NMI"] = cluster.normalized_mutual_info_score
+    scores["purity"] = lambda *pair: cluster.contingency_matrix(*pair).max(axis=0).sum() / rows
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         pairs = [(known[resample], found[resample]) for resample in resampled(weights)]
@@ -514,9 +507,8 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
             most 100 but for the silhouette.
 
     Returns:
-        - "silhouette" (−1 to 1, of 10,000 items drawn by ``seed`` where there are more), "davies_bouldin" (0 is best),
-          "calinski_harabasz" (more is better), Euclidean, as scikit-learn has them; NaN for one class or one item a
-          class;
+        - "silhouette" (−1 to 1), "davies_bouldin" (0 is best), "calinski_harabasz" (more is better), Euclidean, as
+          scikit-learn has them; NaN for one class or one item a class;
         - "within_similarity", "between_similarity": mean cosine over pairs of different items of one class, of
           two; "similarity_ratio": the first over the second. NaN where there is no such pair.
 
@@ -536,10 +528,9 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
         return found
 
     found = estimate(under, len(x), min(draws, COSTLY_DRAWS), seed, centred=True)
-    # In the items' order, so that draws pair with those of the other measures; one NaN for all where it is not defined.
-    sample = np.sort(numpy_generator(seed, "silhouette").permutation(len(x))[:SILHOUETTE_ITEMS])
-    values = torch.tensor(_index("silhouette_samples", x.numpy()[sample], y[sample])).double().expand(len(sample))
-    return estimate(lambda w: {"silhouette": w @ values / w.sum(dim=1)}, len(sample), draws, seed) | found
+    # One NaN for all where it is not defined.
+    values = torch.tensor(_index("silhouette_samples", x.numpy(), y)).double().expand(len(x))
+    return estimate(lambda w: {"silhouette": w @ values / w.sum(dim=1)}, len(x), draws, seed) | found
 
 
 def _index(score: str, x: np.ndarray, y: np.ndarray) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, evaluation, prototypes
-from protoclip_lab.config import Settings, nearest_name, require, require_known
+from protoclip_lab.config import Settings, require, require_known
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.downstream import Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 MEASURES = ("zero_shot", "linear_probe", "knn", "grouping", "retrieval", "gap", "gap_sweep")
 SEEDS = 3  # of the k-means that grouping is measured by
-# A set with a larger share of unreadable images is not measured.
-MAX_UNREADABLE = 0.05
 
 
 class EvaluationSet(Settings):
@@ -47,22 +45,22 @@ class EvaluationSet(Settings):
     where: dict[str, Any] = Field(default_factory=dict, description="column to value; only these rows are taken")
     train_where: dict[str, Any] = Field(default_factory=dict, description="the same, rows to fit probes on")
     label: str = Field("", description="column of the table with each image's class")
-    classes: list[str] | str = Field("", description="class names in sorted order, a file of them, or a known set")
+    classes: list[str] | str = Field("", description="class names in sorted order, or a known set")
     templates: list[str] | str = Field(["a photo of a {}."], description="prompts with {}, or a known set's name")
+    scaling: Literal["standardise", "l2"] = Field("standardise", description="of features for the linear probe")
     measures: list[str] = Field(default_factory=list, description="what to measure; empty takes all that apply")
 
     @model_validator(mode="after")
     def _fit_together(self) -> "EvaluationSet":
-        known = downstream.KNOWN.get(self.name) if self.root else {}
-        if known is None:
-            raise ValueError(f"no set is known as {self.name!r}; the nearest name is {nearest_name(self.name, downstream.KNOWN)!r}")
+        if self.root:
+            require_known(self.name, downstream.KNOWN, f"no set is known as {self.name!r}")
         one = [self.root, self.images, self.table].count("") == 2
         require(one, f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
         needs = {"train_images": self.images, "train_where": self.label, **dict.fromkeys(("image_root", "where", "label"), self.table)}
         if stray := [name for name, found in needs.items() if getattr(self, name) and not found]:
             raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
         self.classes = downstream.class_names(self.classes or [])
-        self.templates = downstream.templates(known.get("templates", self.templates))
+        self.templates = downstream.templates(downstream.KNOWN.get(self.root and self.name, {}).get("templates", self.templates))
         _check(self.measures)
         return self
 
@@ -83,7 +81,6 @@ def evaluate(
     workers: int = 0,
     seed: int = 0,
     draws: int = 1000,
-    scaling: str = "standardise",
 ) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
@@ -94,31 +91,28 @@ def evaluate(
         records: the model's prototypes; grouping then tells how well they match the classes too.
         seed: of the probe's split, of k-means and of the resamples.
         draws: resamples of the test items for the 95 % intervals.
-        scaling: "standardise" | "l2", of features for the linear probe.
 
     Returns:
         Rows such as ``{"dataset": "cifar10", "measure": "zero_shot_top1", "value": 31.4, "low": 30.2, "high": 32.7}``.
-        A set with a missing path, and one known by name that does not fit its class names, gives none: a warning is
-        logged that says what was looked for and how to get it.
+        A set that is missing, or does not fit its class names, gives none: a warning is logged that says what was looked
+        for and how to get it. All sets are opened before the first image is encoded.
 
     Raises:
-        ValueError: a setting or data that do not fit; all sets are opened before the first image is encoded.
+        ValueError: a setting that does not fit.
     """
     sets = [EvaluationSet.model_validate(given) for given in sets]
     names = [given.name for given in sets]
     require(len({*names}) == len(sets), f"evaluation sets need a name each, these are {names}")
-    _check(measures)
     folder, todo, rows = Path(folder), [], []
     for given in sets:
-        excused = Exception if given.root else FileNotFoundError  # a reader may raise anything on broken files
         try:
             parts = _opened(given, folder / "sets")
             todo += [(name, given, *parts) for name in given.measures or MEASURES if name in (measures or MEASURES)]
-        except excused as error:
+        except Exception as error:  # a reader may raise anything on broken files
             log.warning("evaluation set %s is left out: %s: %s", given.name, type(error).__name__, error)
     (folder / "features").mkdir(parents=True, exist_ok=True)
     features = partial(_encoded, model, encoders.fingerprint(model), folder / "features", batch_size, workers)
-    options = {"features": features, "records": records, "scaling": scaling, "seed": seed, "draws": draws}
+    options = {"features": features, "records": records, "seed": seed, "draws": draws}
     for measure, given, tests, train in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
         parts = [_measured(measure, given, test, train, **options) for test in tests]
         for key, found in evaluation.mean(parts).items():
@@ -136,8 +130,6 @@ def _encoded(model: encoders.TwoTowers, mark: str, folder: Path, batch_size: int
         encode = partial(encoders.encode_images, workers=workers) if visual else encoders.encode_texts
         found = encode(model, data, batch_size=batch_size)
         found = {str(index): part.clone() for index, part in enumerate(found[::2] if visual else [found])}
-        if not all(part.isfinite().all() for part in found.values()):
-            return found  # a file may be readable the next time
         staging = file.with_suffix(f".{os.getpid()}")  # a training and its watcher may both be at it
         save_file(found, staging)
         staging.replace(file)
@@ -176,7 +168,7 @@ def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
 
 
 def _measured(
-    measure: str, given: EvaluationSet, test: Labelled, train: Labelled | None, features: Callable, records, scaling, **options
+    measure: str, given: EvaluationSet, test: Labelled, train: Labelled | None, features: Callable, records, **options
 ) -> evaluation.Estimates:
     """One measure of one list of images: by their captions, by their classes, the sweep by both; nothing without either."""
     found = {}
@@ -193,7 +185,7 @@ def _measured(
         x, _, train_labels = _readable(train, features, given.name)
         # By name: train may lack a class, and then numbers them differently.
         train_y, test_y = np.array(train.classes)[train_labels], np.array(test.classes)[labels]
-        probe = evaluation.knn if measure == "knn" else partial(evaluation.linear_probe, scaling=scaling)
+        probe = evaluation.knn if measure == "knn" else partial(evaluation.linear_probe, scaling=given.scaling)
         return probe(x, train_y, z, test_y, **options)
     if measure == "grouping":
         found = evaluation.grouping(z, labels, seeds=SEEDS, **options) | evaluation.separation(z, labels, **options)
@@ -211,9 +203,7 @@ def _readable(part: Labelled, features: Callable, name: str) -> tuple[torch.Tens
     """z_I, h_I and labels of the images that could be read."""
     z, h = features(part.images).values()
     good = z.isfinite().all(dim=1)
-    lost = int((~good).sum())
-    require(lost <= MAX_UNREADABLE * len(good), f"{lost} of {len(good)} images of {name} have no finite features: see the log")
-    if lost:
+    if lost := int((~good).sum()):
         log.warning("%d of %d images of %s are left out as unreadable", lost, len(good), name)
     return z[good], h[good], part.labels[good.numpy()]
 
@@ -246,7 +236,7 @@ def evaluate_checkpoint(
         data_root: the folder that holds them.
         sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
             :func:`default_sets` are taken.
-        options: measures, batch_size, workers, seed, draws, scaling of :func:`evaluate`.
+        options: measures, batch_size, workers, seed and draws of :func:`evaluate`.
 
     Returns:
         A row for each data set and measure: checkpoint, dataset, measure, value, low, high.
@@ -274,9 +264,8 @@ def evaluate_checkpoint(
 def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator[pd.DataFrame]:
     """Evaluate each checkpoint of a run as it appears, once, until the run is finished.
 
-    It may be stopped and started at will: what was evaluated with the same options is marked in ``watched/``. A
-    checkpoint is there when its folder has its name; one whose files do not match their checksums is passed over, until
-    ``watch`` is started again.
+    It may be stopped and started at will: a checkpoint of which the run has evaluations, also those of its training, is
+    done. One is there when its folder has its name; one whose files do not match their checksums is passed over.
 
     Args:
         interval: seconds between looks.
@@ -285,23 +274,19 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     Yields:
         All evaluations of the run: at the start, and whenever there are new ones.
     """
-    run, seen, finished = Run(run), set(), False
+    run, damaged, finished = Run(run), set(), False
     _chosen(run, **options)
-    (run.path / "watched").mkdir(exist_ok=True)
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        for checkpoint in sorted({*run.checkpoints()} - seen):
-            mark = run.path / "watched" / fingerprint([checkpoint.name], [json.dumps(options, default=str)])[:16]
-            # Those of interruptions go when a later one is there.
-            if "_step_" in checkpoint.name or (mark.exists() and checkpoint.name in set(run.evaluations()["checkpoint"])):
-                continue
-            seen.add(checkpoint)
-            if damaged := damaged_files(checkpoint):
-                log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(damaged))
+        done = {*run.evaluations()["checkpoint"], *damaged}
+        # Those of interruptions go when a later one is there.
+        for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
+            if wrong := damaged_files(checkpoint):
+                damaged.add(checkpoint.name)
+                log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(wrong))
             else:
                 evaluate_checkpoint(checkpoint, **options)
-                mark.touch()
                 yield run.evaluations()
         time.sleep(0 if finished else interval)
 
@@ -315,7 +300,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _chosen(run: Run | None, datasets=(), data_root="", sets=(), measures=(), **rest) -> list[EvaluationSet]:
     _check(measures)
-    require(data_root or not datasets, f"datasets = {list(datasets)} need data_root, the folder that holds them")
     given = [*({"name": name, "root": str(data_root)} for name in datasets or (data_root and downstream.KNOWN)), *sets]
     require(given or run, "name what to evaluate on: data_root, with datasets for some of those in it, or sets")
     return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]

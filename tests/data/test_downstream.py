@@ -33,7 +33,6 @@ def folder(tmp_path):
         (root / name / "._0.png").write_bytes(b"a Mac was here")
         (root / name / "notes.txt").write_text("no image")
     shutil.copytree(root / "ApplyEyeMakeup", root / ".ipynb_checkpoints")
-    (root / "classes.txt").write_text("Blue jay\napply eye makeup\ncow\n")
     return root
 
 
@@ -71,13 +70,13 @@ def test_fingerprint_changes_with_place_names_and_content(folder, tmp_path):
 
 
 def test_class_list_names_the_classes_or_is_refused(folder):
-    for classes in (folder / "classes.txt", str(folder / "classes.txt"), ["Blue jay", "apply eye makeup", "cow"]):
-        assert downstream.from_classes(folder, classes).class_names == ["Blue jay", "apply eye makeup", "cow"]
+    classes = ["Blue jay", "apply eye makeup", "cow"]
+    assert downstream.from_classes(folder, classes).class_names == classes
     for classes, message in {
         ("Blue Jay", "cow"): "2 class names are given for the 3 classes",
         ("cow", "Blue Jay", "Bee"): "class name 0 is 'cow', the class in .* is '017.Blue_Jay'",
         ("Blue Jay", "wasp", "cow"): "class name 1 is 'wasp'",
-        "flower": "nearest is 'flowers'",
+        "flower": "nearest valid name is 'flowers'",
     }.items():
         with pytest.raises(ValueError, match=message):
             downstream.from_classes(folder, classes)
@@ -132,13 +131,13 @@ def test_fingerprint_of_a_table_tells_its_image_root(pairs, tmp_path):
 
 def test_known_templates_are_given_and_faulty_ones_refused():
     assert "something {}" in downstream.templates("shapes/colour")
-    for faulty, message in {"imagenets": "nearest is 'imagenet'", ("a {}", "photo"): "'photo'", (): "at least"}.items():
+    for faulty, message in {"imagenets": "nearest valid name is 'imagenet1k'", ("a {}", "photo"): "'photo'", (): "at least"}.items():
         with pytest.raises(ValueError, match=message):
             downstream.templates(faulty)
 
 
 def test_cifar10_tar_has_its_ten_classes(cifar10):
-    found = downstream.from_classes(cifar10 / "test.tar", cifar10 / "classes.txt")
+    found = downstream.from_classes(cifar10 / "test.tar", names := (cifar10 / "classes.txt").read_text().split())
     assert np.bincount(found.labels).tolist() == [500] * 10
-    assert found.classes == (cifar10 / "classes.txt").read_text().split()
+    assert found.classes == names
     assert found.images[4999].size == (32, 32)

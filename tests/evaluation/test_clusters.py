@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy import stats
 from sklearn import metrics
-from sklearn.datasets import make_blobs
 from test_arrays import flat, written_out
 
 from protoclip_lab import evaluation
@@ -47,16 +46,13 @@ def test_interval_equals_agreement_of_repeated_labels():
 
 
 @pytest.mark.parametrize("k", [None, 8])
-def test_grouping_of_three_seeds_is_mean_and_deviation_of_single_ones(k):
+def test_grouping_of_three_seeds_is_the_mean_of_single_ones(k):
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(0, 5, 80)
     groups = [kmeans(torch.from_numpy(features), k or 5, seed=seed).labels for seed in (4, 5, 6)]
     single = [flat(agreement(group, labels, draws=30, seed=4)) for group in groups]
     assert flat(grouping(features, labels, k, seed=4, draws=30)) == single[0]
     found = grouping(features, labels, k, seed=4, seeds=3, draws=30)
-    for name in ("ARI", "AMI", "NMI", "purity"):
-        deviation = np.std([one[name, 0] for one in single], ddof=1)
-        assert found.pop(f"{name}_sd") == pytest.approx(deviation, abs=1e-9) and deviation > 0
     assert flat(found) == pytest.approx({n: np.mean([one[n] for one in single]) for n in single[0]}, abs=1e-9)
 
 
@@ -100,15 +96,6 @@ def test_interval_of_the_silhouette_is_that_of_a_mean_over_items():
     options = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(1)}
     expected = stats.bootstrap((values,), np.mean, **options).confidence_interval
     assert [found.low, found.high] == pytest.approx([*expected], abs=0.2 * stats.sem(values))
-
-
-def test_silhouette_of_many_items_is_of_a_sample_that_the_seed_draws(monkeypatch):
-    x, y = make_blobs(400, centers=3, cluster_std=3, random_state=0)
-    whole = separation(x, y)["silhouette"]
-    monkeypatch.setattr(evaluation, "SILHOUETTE_ITEMS", 100)
-    drawn = [separation(x, y, seed=seed)["silhouette"] for seed in (0, 0, 1, 2)]
-    assert drawn[0] == drawn[1] and len({whole, *drawn}) == 4
-    assert drawn == pytest.approx([whole] * 4, abs=0.1)
 
 
 def test_fewer_resamples_have_to_do_where_each_is_costly(monkeypatch):

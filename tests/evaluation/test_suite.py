@@ -69,7 +69,7 @@ def folders(tmp_path_factory):
 
 
 GROUPING = {
-    *(f"grouping_{key}{of}" for key in ("ARI", "AMI", "NMI", "purity") for of in ("", "_sd")),
+    *(f"grouping_{key}" for key in ("ARI", "AMI", "NMI", "purity")),
     *(f"grouping_{key}" for key in ("silhouette", "davies_bouldin", "calinski_harabasz")),
     *(f"grouping_{key}" for key in ("within_similarity", "between_similarity", "similarity_ratio")),
 }
@@ -181,11 +181,6 @@ def test_measures_that_do_not_apply_give_nothing(encoded, folders, table, tmp_pa
     assert suite.evaluate(None, sets, tmp_path, draws=0) == []
 
 
-def test_file_of_class_names_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.txt"):
-        suite.EvaluationSet(name="s", images="x", classes=str(tmp_path / "gone.txt"))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -196,9 +191,10 @@ def test_file_of_class_names_that_is_not_there_is_named(tmp_path):
         ({}, "one of images, a table, and the root"),
         ({"images": "x", "where": {"split": "test"}}, r"\['where'\] .* do not go with"),
         ({"table": "x", "train_images": "y"}, r"\['train_images'\] .* do not go with"),
-        ({"images": "x", "templates": "imagenets"}, "nearest is 'imagenet'"),
+        ({"images": "x", "templates": "imagenets"}, "nearest valid name is 'imagenet1k'"),
         ({"images": "x", "templates": ["photo"]}, "'photo'"),
-        ({"images": "x", "classes": "imagenets"}, "nearest is 'imagenet'"),
+        ({"images": "x", "scaling": "l1"}, "nearest valid name is 'l2'"),
+        ({"images": "x", "classes": "imagenets"}, "nearest valid name is 'imagenet1k'"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, message):
@@ -207,20 +203,20 @@ def test_wrong_settings_are_refused_by_name(settings, message):
 
 
 def test_settings_survive_being_written_down(folders):
-    given = suite.EvaluationSet(name="s", images=str(folders / "test"), templates="imagenet", classes=["a", "b", "c"])
+    given = suite.EvaluationSet(name="s", images=str(folders / "test"), templates="imagenet1k", classes=["a", "b", "c"])
     assert suite.EvaluationSet(**given.model_dump()) == given
 
 
-def test_data_that_do_not_fit_stop_before_anything_is_encoded(encoded, folders, table, tmp_path):
+def test_sets_that_do_not_fit_are_reported_before_anything_is_encoded(encoded, folders, table, tmp_path, caplog):
     good = {"name": "good", "images": str(folders / "test")}
-    with pytest.raises(ValueError, match="class name 0 is 'white'"):
-        suite.evaluate(None, [good, {**good, "name": "bad", "classes": ["white", "green", "red"]}], tmp_path)
-    with pytest.raises(ValueError, match="fit its probes on images it tests them on"):
-        suite.evaluate(None, [{**good, "train_images": good["images"]}], tmp_path)
     world = {"name": "world", "table": str(table), "image_root": str(table.with_name("images.tar")), "label": "size"}
-    with pytest.raises(ValueError, match="fit its probes on images it tests them on"):
-        both = {"where": {"split": "test"}, "train_where": {"split": ["train", "test"]}}
-        suite.evaluate(None, [{**world, **both}], tmp_path)
+    both = {"where": {"split": "test"}, "train_where": {"split": ["train", "test"]}}
+    wrong = [{**good, "classes": ["white", "green", "red"]}, {**good, "train_images": good["images"]}, {**world, **both}]
+    for given in wrong:
+        assert suite.evaluate(None, [given], tmp_path) == []
+    messages = [record.getMessage() for record in caplog.records]
+    assert "class name 0 is 'white'" in messages[0]
+    assert all("fit its probes on images it tests them on" in message for message in messages[1:]) and len(messages) == 3
     with pytest.raises(ValueError, match="need a name each"):
         suite.evaluate(None, [good, good], tmp_path)
     assert encoded == []
@@ -327,8 +323,8 @@ def test_checkpoint_of_the_authors_is_evaluated_into_its_own_folder(colours, tmp
     ("options", "message"),
     [
         ({"measures": ["zeroshot"]}, "'zeroshot' .* nearest valid name is 'zero_shot'"),
-        ({"datasets": ["cifar11"], "data_root": "."}, "'cifar11'; the nearest name is 'cifar10'"),
-        ({"datasets": ["cifar10"]}, "need data_root"),
+        ({"datasets": ["cifar11"], "data_root": "."}, "'cifar11'; the nearest valid name is 'cifar10'"),
+        ({"datasets": ["cifar10"]}, "'cifar10' needs one of images, a table, and the root of a known set"),
         ({"sets": [{"nam": "x"}]}, "'nam' of EvaluationSet; the nearest valid name is 'name'"),
     ],
     ids=str,
@@ -351,7 +347,7 @@ def test_missing_sets_are_left_out_and_none_at_all_is_an_error(finished, colours
         suite.evaluate_checkpoint(finished.path, tmp_path / "out", sets=[gone], **known)
 
 
-def test_unreadable_images_are_left_out_by_name_and_more_than_a_few_are_an_error(colours, finished, tmp_path, caplog):
+def test_unreadable_images_are_left_out_by_name(colours, finished, tmp_path, caplog):
     whole = encoders.load(finished.latest)
     files = sorted((tmp_path / "colours").glob("*/*.png"))
     assert len(files) == 24
@@ -366,9 +362,6 @@ def test_unreadable_images_are_left_out_by_name_and_more_than_a_few_are_an_error
     weights = evaluation.classifier(lambda t: encoders.encode_texts(whole, t), ["dark red", "green", "white"], ["a photo of a {}."])
     labels = [sorted({f.parent.name for f in files}).index(f.parent.name) for f in expected_files]
     assert found["zero_shot_top1"] == pytest.approx(zero_shot(z, weights, labels)["top1"])
-    files[2].write_bytes(b"")
-    with pytest.raises(ValueError, match="2 of 24 images of colours"):
-        suite.evaluate(whole, [colours], tmp_path / "kept", draws=0)
 
 
 def test_prototypes_of_a_protoclip_checkpoint_are_compared_with_the_classes(tmp_path):

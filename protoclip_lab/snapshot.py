@@ -1,5 +1,6 @@
 """A run seen at one checkpoint: features of a sample of pairs, and the prototypes they belong to."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,10 +133,21 @@ class Snapshot:
 
     @lru_cache(8)  # noqa: B019
     def xy(self, modality: str = "image") -> np.ndarray:
-        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2)."""
+        """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2).
+
+        Kept in the run's ``maps/``, by features, method and seed.
+        """
         both = torch.cat([self.features.image, self.features.text])
-        features = both if modality == "joint" else getattr(self.features, f"{modality}_projection")
-        return plots.embed(features.numpy(), method=self.method, seed=self.seed)
+        features = (both if modality == "joint" else getattr(self.features, f"{modality}_projection")).numpy()
+        key = hashlib.sha256(features.tobytes() + f"{self.method} {self.seed}".encode()).hexdigest()[:16]
+        kept = self.run.path / "maps" / f"{key}.npy"
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            made = plots.embed(features, method=self.method, seed=self.seed)
+            with kept.with_suffix(".partial").open("wb") as file:
+                np.save(file, made)
+            kept.with_suffix(".partial").replace(kept)
+        return np.load(kept, allow_pickle=False)
 
     def names(self, of: str = "image") -> list[str]:
         """What each of K prototypes is called: its number and the words typical of its captions in the sample."""

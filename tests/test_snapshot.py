@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -80,6 +81,8 @@ def test_without_words_there_are_no_names(captions):
 
 def test_maps_are_made_once_and_kept_apart(seen, monkeypatch):
     made = []
+    shutil.rmtree(seen.run.path / "maps", ignore_errors=True)
+    seen = replace(seen)  # remembers nothing
     real = plots.embed
     monkeypatch.setattr(plots, "embed", lambda features, **options: made.append(options) or real(features, **options))
     first, again = seen.xy(), seen.xy()
@@ -89,6 +92,9 @@ def test_maps_are_made_once_and_kept_apart(seen, monkeypatch):
     for other in (seen.xy("text"), replace(seen, seed=1).xy(), replace(seen, method="tsne").xy()):
         assert other.shape == (60, 2)
     assert [(options["method"], options["seed"]) for options in made] == [("pca", 0), ("pca", 0), ("pca", 1), ("tsne", 0)]
+    # The next to look reads them from the run's folder, where nothing half written is left.
+    np.testing.assert_array_equal(replace(seen).xy(), first)
+    assert len(made) == 4 == len([*(seen.run.path / "maps").iterdir()])
 
 
 def test_joint_map_has_images_then_texts(seen):

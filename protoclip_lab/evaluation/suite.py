@@ -264,8 +264,8 @@ def evaluate_checkpoint(
 def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator[pd.DataFrame]:
     """Evaluate each checkpoint of a run as it appears, once, until the run is finished.
 
-    It may be stopped and started at will: a checkpoint of which the run has evaluations, also those of its training, is
-    done. One is there when its folder has its name; one whose files do not match their checksums is passed over.
+    It may be stopped and started at will: a checkpoint that the run has evaluations of, on all these sets, is done. One is
+    there when its folder has its name; one whose files do not match their checksums is passed over.
 
     Args:
         interval: seconds between looks.
@@ -274,16 +274,17 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     Yields:
         All evaluations of the run: at the start, and whenever there are new ones.
     """
-    run, damaged, finished = Run(run), set(), False
-    _chosen(run, **options)
+    run, seen, finished = Run(run), set(), False
+    wanted = {chosen.name for chosen in _chosen(run, **options)}
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        done = {*run.evaluations()["checkpoint"], *damaged}
+        found = run.evaluations().groupby("checkpoint")["dataset"].agg(set)
+        done = seen | {checkpoint for checkpoint, names in found.items() if wanted <= names}
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
+            seen.add(checkpoint.name)
             if wrong := damaged_files(checkpoint):
-                damaged.add(checkpoint.name)
                 log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(wrong))
             else:
                 evaluate_checkpoint(checkpoint, **options)

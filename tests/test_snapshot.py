@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections import Counter
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 

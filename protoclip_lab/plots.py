@@ -23,7 +23,8 @@ from protoclip_lab.config import require
 
 # Colours, matplotlib's settings for a notebook and for a paper, and what methods of maps are called: see the file.
 LOOK: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text("utf-8"))
-PALETTE, METHODS = LOOK["palette"], LOOK["methods"]
+HUES, METHODS = LOOK["hues"], LOOK["methods"]
+PALETTE = [*HUES.values()]
 LOOKS = [{"c": colour, "marker": marker} for marker in "o^s" for colour in PALETTE]
 LINES = matplotlib.cycler(color=PALETTE[:7] * 4, linestyle=("-", "--", "-.", ":") * 7)
 OTHERS, GREY = "others", "#BBBBBB"  # what cannot be told apart
@@ -129,7 +130,8 @@ def cluster_map(maps: Mapping[str, tuple], *, title: str = "", note: str = "", m
         axes.sharey(grid[0])
         groups = told_apart(labels, int(2.5 * width))
         for name, look in zip(groups.categories, LOOKS, strict=False):
-            look = {"c": GREY, "zorder": 0} if name == OTHERS else look
+            # What is called red is not drawn in blue.
+            look = {"c": GREY, "zorder": 0} if name == OTHERS else look | {"c": HUES.get(name.rpartition(" (")[0], look["c"])}
             axes.scatter(*xy[groups == name].T, label=name, s=size, alpha=0.7, linewidths=0, **look)
         axes.set(title=panel, xticks=[], yticks=[])
         if not shared:

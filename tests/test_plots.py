@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
@@ -116,6 +117,15 @@ def test_cluster_map_colours_up_to_eight_groups_apart():
 def looks(axes):
     """Colour and marker of each group."""
     return {(tuple(c.get_facecolor()[0]), len(c.get_paths()[0].vertices)) for c in axes.collections if isinstance(c, PathCollection)}
+
+
+def test_what_is_called_red_is_not_drawn_in_blue():
+    axes = plots.cluster_map({"": (np.zeros((4, 2)), ["blue", "blue", "red", "red"])}).axes[0]
+    drawn = {points.get_label(): to_hex(points.get_facecolor()[0]).upper() for points in axes.collections}
+    assert drawn == {"blue (2)": plots.HUES["blue"], "red (2)": plots.HUES["red"]}
+    # In the other order, which took the first colour for the commonest.
+    axes = plots.cluster_map({"": (np.zeros((3, 2)), ["red", "red", "blue"])}).axes[0]
+    assert to_hex(axes.collections[0].get_facecolor()[0]).upper() == plots.HUES["red"]
 
 
 @pytest.mark.parametrize("paper, most", [(False, 22), (True, 8)])

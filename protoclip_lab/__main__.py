@@ -4,6 +4,7 @@ run RECIPE           execute a recipe of notebooks: a name in notebooks/recipes,
                      finished steps are kept, unfinished ones continued
 train CONFIG         train one run by settings of TrainConfig in YAML or JSON; an unfinished one is resumed
 evaluate CHECKPOINT  evaluate a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors
+collect URLS OUT     download a list of captions and URLs into shards, see protoclip_lab.data.collect
 watch RUN            evaluate each checkpoint of a run as it appears, until the run is finished
 
 -p gives a setting and may be repeated: a recipe's own parameters to run, episodes=2 to train, draws=200 to evaluate and watch.
@@ -18,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from protoclip_lab import batch
-from protoclip_lab.config import TrainConfig, call
+from protoclip_lab.config import TrainConfig, call, require
 from protoclip_lab.runs import headlines
 
 
@@ -50,6 +51,16 @@ def _watch(run: str, given: dict) -> None:
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 
+def _collect(urls: str, given: dict) -> None:
+    from protoclip_lab.data.collect import collect
+
+    require("output" in given, "collect needs a folder to write to: collect URLS OUT")
+    print(collect(urls, given.pop("output"), **given).to_string())
+
+
+COMMANDS = {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch, "collect": _collect}
+
+
 def _parameter(text: str) -> tuple[str, object]:
     """``name=value`` as a name and a YAML value."""
     name, value = text.split("=", 1)
@@ -61,16 +72,18 @@ def main() -> None:
     # what is not given is not there
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, **how)
-    parser.add_argument("command", choices=["run", "train", "evaluate", "watch"])
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
+    parser.add_argument("output", metavar="OUT", nargs="?", help="where collect writes")
     parser.add_argument("--out", dest="output", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
     parser.add_argument("--data-root", metavar="FOLDER", help="folder of the sets known by name")
     parser.add_argument("--datasets", metavar="NAME", nargs="+", help="sets under it: cifar10 coco2017 ... (all)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", type=_parameter, help="see above")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background has it ignored
     try:
         given = vars(parser.parse_args())
         command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
-        {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch}[command](what, given | dict(settings))
+        COMMANDS[command](what, given | dict(settings))
     except (OSError, ValueError, ArithmeticError, yaml.YAMLError, batch.StepFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -69,7 +69,7 @@ class TrainConfig(Settings):
     compile: bool = Field(False, description="torch.compile the towers; takes a minute, see reports/LOG.md")
 
     # --- data
-    table: str = Field("shapes", description="TSV, CSV, Parquet or folder of 01_prepare_data; shapes draws its own")
+    table: str = Field("shapes", description="TSV, CSV, Parquet, folder of shards or of 01_prepare_data; shapes draws its own")
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
     image_column: str = Field("filepath", description="column of image paths")
     caption_column: str = Field("title", description="column of captions")

@@ -67,7 +67,7 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     state.AcceleratorState._reset_state(reset_partial_state=True)
     # Processes wait for the first while it clusters, evaluates and saves; that one has died is seen by who started them.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     options = {"mixed_precision": config.precision.replace("fp32", "no"), "cpu": config.device == "cpu"}
     accelerator = Accelerator(**options, kwargs_handlers=[patience])
     with accelerator.main_process_first():

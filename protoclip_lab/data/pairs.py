@@ -4,8 +4,10 @@ import csv
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
@@ -16,15 +18,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import require, require_known
 from protoclip_lab.storage import write_json
 
 BAD_ROWS = "bad_rows.jsonl"
-NO_PLACE = (-1, -1)  # offset and size in a tar, of an image that is a file of its own
+NO_PLACE = ("", 0, -1)  # tar below the root, offset and size, of an image that is a file of its own
 
 
 class Pairs(Sequence):
@@ -69,26 +72,26 @@ class Pairs(Sequence):
 
     def image(self, index: int, at_least: int = 0) -> Image.Image:
         """The image of one row, as :func:`read_image` gives it."""
-        filepath, *place = (self._table[name][int(index)].as_py() for name in ("filepath", "_offset", "_size"))
+        filepath, *place = (self._table[name][int(index)].as_py() for name in ("filepath", "_tar", "_offset", "_size"))
         return read_image(self.root, (filepath, place), at_least)
 
 
-def read_image(root: Path, image: tuple[str, Sequence[int]], at_least: int = 0) -> Image.Image:
-    """The image of this name in a folder, or at this place (offset and size) of a tar: RGB, upright.
+def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image.Image:
+    """The image of this name at this place: RGB, upright.
 
     Args:
-        root: the folder or tar.
+        root: folder or tar.
         image: name, and place or NO_PLACE.
         at_least: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where this leaves both sides so many pixels; 0 in full.
 
     Raises:
         OSError: it is missing or broken, or so large that Pillow takes it for a decompression bomb.
     """
-    name, (offset, size) = image
+    name, (tar, offset, size) = image
     try:
         # Opened for each image: a descriptor kept open could not be shared with worker processes.
-        with open(root / name if size < 0 else root, "rb") as file:
-            file.seek(max(offset, 0))
+        with open(root / (name if size < 0 else tar), "rb") as file:
+            file.seek(offset)
             image = Image.open(BytesIO(file.read(size)))
         # A square, as it is asked before the picture is set upright.
         image.draft(None, (at_least, at_least) if at_least else None)
@@ -102,15 +105,21 @@ def read_image(root: Path, image: tuple[str, Sequence[int]], at_least: int = 0) 
         raise OSError(f"{root / name} is not a readable image: {error}. {remedy}") from error
 
 
-def index_tar(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of each regular member of an uncompressed tar, by name: one scan, nothing extracted.
+def index_tar(path: str | Path, below: str = "") -> dict[str, tuple[str, int, int]]:
+    """Where each regular member of an uncompressed tar is, by name: one scan, nothing extracted.
+
+    Args:
+        below: the tar's name below the root of the images; empty where the tar is the root.
+
+    Returns:
+        That name, offset and size.
 
     Raises:
         ValueError: it is compressed, cut short or no tar.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            return {member.name.removeprefix("./"): (member.offset_data, member.size) for member in tar if member.isreg()}
+            return {member.name.removeprefix("./"): (below, member.offset_data, member.size) for member in tar if member.isreg()}
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
 
@@ -139,6 +148,40 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     return pa.table(columns, schema=pa.schema(dict.fromkeys(header, pa.string()) | {"_row": pa.int64()})), bad
 
 
+def read_shards(folder: Path) -> tuple[pa.Table, list, dict[str, tuple[str, int, int]]]:
+    """The samples of WebDataset shards, as img2dataset writes them: members of one name up to its first dot are one sample.
+
+    Returns:
+        A table of texts: "filepath" (shard, slash, image), "title" from ``.txt``, a column for each field of ``.json``,
+        "_row"; rows whose ``.json`` cannot be read: number, path, reason; and the images' places by path.
+    """
+    tables, bad, places, number = [], [], {}, 0
+    for shard in tqdm(sorted(folder.glob("*.tar")), desc="indexing shards", mininterval=2):
+        samples = defaultdict(dict)
+        for name, place in index_tar(shard, shard.name).items():
+            key = re.sub(r"\.[^/]*$", "", name)
+            samples[key][name.removeprefix(f"{key}.")] = place
+        rows = []
+        with shard.open("rb") as file:
+            for key, parts in samples.items():
+                number, texts = number + 1, {}
+                for kind in ("txt", "json"):
+                    _, offset, size = parts.get(kind, ("", 0, 0))
+                    file.seek(offset)
+                    texts[kind] = file.read(size).decode("utf-8", "replace")
+                kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
+                path = f"{shard.name}/{key}.{kind}"
+                try:
+                    fields = {name: str(value) for name, value in json.loads(texts["json"] or "{}").items()}
+                except (ValueError, AttributeError) as error:
+                    bad.append((number, path, f"unreadable .json: {error}"))
+                    continue
+                places |= {path: parts[kind]} if kind else {}
+                rows.append({**fields, "filepath": path, "title": texts["txt"], "_row": number})
+        tables.append(pa.Table.from_pylist(rows))
+    return pa.concat_tables(tables, promote_options="default"), bad, places
+
+
 def prepare(
     table: str | Path,
     out: str | Path,
@@ -156,7 +199,8 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file, or a folder made by this function (then returned as it is).
+        table: TSV, CSV or Parquet file; a folder of WebDataset shards; or one made by this function (then returned as
+            it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
@@ -172,18 +216,20 @@ def prepare(
     if (table / "pairs.json").exists():
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
         return Pairs(table)
-    root = Path(image_root or table.parent).absolute()
-    if table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file():
-        raise FileNotFoundError(f"{table.absolute()} is neither a table (.tsv, .csv, .parquet) nor what 01_prepare_data has finished")
+    shards = any(table.glob("*.tar"))
+    root = Path(table if shards else image_root or table.parent).absolute()
+    if not shards and (table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file()):
+        kinds = "a table (.tsv, .csv, .parquet) nor a folder of shards (.tar) nor what 01_prepare_data has finished"
+        raise FileNotFoundError(f"{table.absolute()} is neither {kinds}")
     if not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
     about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root)]}
-    about |= {"columns": [image_column, caption_column], "where": where, "rows": [dataset_size, max_bad_share]}
+    about |= {"columns": [image_column, caption_column], "where": where, "rows": [dataset_size, max_bad_share], "form": 2}
     about = json.loads(json.dumps(about, default=str))  # to compare
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
         return made
 
-    rows, bad = read_table(table)
+    rows, bad, places = read_shards(table) if shards else (*read_table(table), index_tar(root) if root.is_file() else {})
     splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
     require(where or not splits, f"{table} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
     for column, wanted in where.items():
@@ -193,7 +239,6 @@ def prepare(
         require(len(rows), f"no row of {table} has {column} = {wanted!r}; values there: {there.unique().to_pylist()[:10]}")
     total = len(rows) + len(bad)
     paths, captions = (_column(rows, name, table).fill_null("").to_pylist() for name in (image_column, caption_column))
-    places = index_tar(root) if root.is_file() else {}
     images = {path: places.get(path, NO_PLACE) for path in paths}
     # Pillow decodes outside the interpreter lock, so threads are enough.
     faults = dict(zip(images, thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2), strict=True))
@@ -209,18 +254,20 @@ def prepare(
         logging.getLogger(__name__).warning(said)
     rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
     paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
-    offsets, sizes = zip(*(images[path] for path in paths), strict=True)
+    tars, offsets, sizes = zip(*(images[path] for path in paths), strict=True)
     image_ids = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
-    columns = {"filepath": paths, "title": captions, "_row": rows["_row"], "_image": image_ids, "_offset": offsets, "_size": sizes}
+    columns = {"filepath": paths, "title": captions, "_row": rows["_row"], "_image": image_ids}
+    columns |= {"_tar": tars, "_offset": offsets, "_size": sizes}
     # The table's other columns stay beside our own.
     columns |= {n: rows[n] for n in rows.column_names if n not in (*columns, image_column, caption_column)}
+    disable_progress_bars()  # of the library's own: one line for a write of seconds
     Dataset(pa.table(columns)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
     write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad)})
     return Pairs(out)
 
 
-def _fault(root: Path, image: tuple[str, Sequence[int]]) -> str:
+def _fault(root: Path, image: tuple[str, tuple]) -> str:
     """Why an image cannot be used, or ""."""
     try:
         read_image(root, image)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from protoclip_lab.data import pairs as pairs_module
-from protoclip_lab.data.pairs import Pairs, index_tar, prepare, read_image
+from protoclip_lab.data.pairs import NO_PLACE, Pairs, index_tar, prepare, read_image
 
 
 def jpeg(colour="red", size=(20, 16), mode="RGB", kind="JPEG", **options) -> bytes:
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def decode(folder, data):
     (folder / "one").write_bytes(data)
-    return read_image(folder, ("one", (-1, -1)))
+    return read_image(folder, ("one", NO_PLACE))
 
 
 def write(folder, text, name="captions.tsv"):
@@ -169,7 +169,7 @@ def photograph(width, height, kind="JPEG", **options) -> bytes:
 def test_a_jpeg_is_reduced_as_far_as_both_sides_stay_large_enough(tmp_path, at_least, size):
     data = photograph(400, 304, quality=95)
     (tmp_path / "one").write_bytes(data)
-    found = read_image(tmp_path, ("one", (-1, -1)), at_least)
+    found = read_image(tmp_path, ("one", NO_PLACE), at_least)
     assert found.size == size and found.mode == "RGB"
     whole = decode(tmp_path, data)
     assert np.array_equal(np.asarray(whole), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -182,8 +182,8 @@ def test_a_reduced_jpeg_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "one").write_bytes(photograph(400, 120, quality=95, exif=exif))
-    whole = read_image(tmp_path, ("one", (-1, -1)))
-    found = read_image(tmp_path, ("one", (-1, -1)), 60)
+    whole = read_image(tmp_path, ("one", NO_PLACE))
+    found = read_image(tmp_path, ("one", NO_PLACE), 60)
     assert whole.size == (120, 400) and found.size == (60, 200)
     difference = np.asarray(found, float) - np.asarray(whole.resize((60, 200), Image.Resampling.BOX), float)
     assert np.abs(difference).mean() < 2
@@ -191,7 +191,7 @@ def test_a_reduced_jpeg_is_upright(tmp_path):
 
 def test_what_is_no_jpeg_is_decoded_in_full(tmp_path):
     (tmp_path / "one").write_bytes(photograph(400, 300, "PNG"))
-    assert read_image(tmp_path, ("one", (-1, -1)), 10).size == (400, 300)
+    assert read_image(tmp_path, ("one", NO_PLACE), 10).size == (400, 300)
 
 
 def test_where_selects_before_anything_is_counted(folder):

@@ -1,0 +1,88 @@
+"""WebDataset shards as img2dataset writes them become pairs where they lie, nothing extracted."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protoclip_lab.data.pairs import Pairs, prepare
+
+
+def picture(number):
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (12, 10, 3), np.uint8))
+
+
+def encoded(number, kind="PNG"):
+    stream = io.BytesIO()
+    picture(number).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def sample(number, **about):
+    key, fields = f"{number:09d}", {"caption": f"caption {number}", "width": 10} | about
+    text = fields["caption"].encode()
+    return [(f"{key}.png", encoded(number)), (f"{key}.txt", text), (f"{key}.json", json.dumps(fields).encode())]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        write_shard(shards / f"{shard:05d}.tar", [part for i in range(3) for part in sample(10 * shard + i)])
+    # What img2dataset leaves beside them.
+    (shards / "00000_stats.json").write_text("{}")
+    return shards
+
+
+def test_pairs_of_shards_have_their_pixels_captions_and_columns(folder, tmp_path):
+    pairs = prepare(folder, tmp_path / "out", where={"width": 10})
+    assert len(pairs) == 6 and pairs.bad_rows == 0
+    for pair, number in zip(pairs, (0, 1, 2, 10, 11, 12), strict=True):
+        np.testing.assert_array_equal(np.asarray(pair[0]), np.asarray(picture(number)))
+        assert pair[1] == f"caption {number}"
+    assert pairs.column("width") == ["10"] * 6
+    assert pairs.column("filepath")[3] == "00001.tar/000000010.png"
+    again = Pairs(tmp_path / "out")
+    assert again.fingerprint == pairs.fingerprint
+    assert not [p for p in tmp_path.rglob("*.png")]
+
+
+def test_the_caption_may_come_from_the_json(folder, tmp_path):
+    pairs = prepare(folder, tmp_path / "out", caption_column="caption")
+    assert pairs.captions == [f"caption {i}" for i in (0, 1, 2, 10, 11, 12)]
+
+
+def test_samples_that_are_not_whole_are_listed(folder, tmp_path):
+    whole = [part for i in range(20, 28) for part in sample(i)]
+    odd = [("a/30.tar.txt", b"no picture"), ("31.jpg", b"no jpeg"), ("31.txt", b"x"), ("32.png", encoded(32)), ("32.json", b"{")]
+    odd += [("33.png", encoded(33)), ("../34.png", encoded(34)), ("../34.txt", b"outside, and nowhere written")]
+    write_shard(folder / "00002.tar", whole + odd)
+    pairs = prepare(folder, tmp_path / "out", max_bad_share=0.5)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert {row["filepath"]: row["reason"].partition(":")[0] for row in listed} == {
+        "00002.tar/a/30.": "unreadable image",
+        "00002.tar/31.jpg": "unreadable image",
+        "00002.tar/32.png": "unreadable .json",
+        "00002.tar/33.png": "empty caption",
+    }
+    assert len(pairs) == 15 and pairs.captions[-1] == "outside, and nowhere written"
+    np.testing.assert_array_equal(np.asarray(pairs.image(14)), np.asarray(picture(34)))
+
+
+def test_a_shard_cut_short_is_named(folder, tmp_path):
+    shard = folder / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"00001\.tar is not a whole uncompressed tar"):
+        prepare(folder, tmp_path / "out")

@@ -4,13 +4,11 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -113,10 +111,8 @@ class Run:
     def last_row(self) -> dict[str, Any]:
         """The last whole row of the metrics; empty before the first."""
         path = self.path / "metrics.jsonl"
-        with path.open("rb") if path.exists() else BytesIO() as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2**16))
-            rows = stream.read().split(b"\n")
-        return json.loads(rows[-2]) if len(rows) > 1 else {}
+        lines = path.read_bytes().rsplit(b"\n", 2) if path.exists() else []
+        return json.loads(lines[-2]) if len(lines) > 1 else {}
 
     def truncate(self, step: int, checkpoint: str) -> None:
         """Drop what was logged after a step and a checkpoint: the resumed run writes it again."""

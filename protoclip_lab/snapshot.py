@@ -143,10 +143,9 @@ class Snapshot:
         kept = self.run.path / "maps" / f"{key}.npy"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
-            made = plots.embed(features, method=self.method, seed=self.seed)
-            with kept.with_suffix(".partial").open("wb") as file:
-                np.save(file, made)
-            kept.with_suffix(".partial").replace(kept)
+            partial = kept.with_suffix(".partial.npy")
+            np.save(partial, plots.embed(features, method=self.method, seed=self.seed))
+            partial.replace(kept)
         return np.load(kept, allow_pickle=False)
 
     def names(self, of: str = "image") -> list[str]:

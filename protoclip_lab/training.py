@@ -153,11 +153,8 @@ class _Trainer:
         there = config.device in ("auto", self.device.type)
         require(there, f"device = {config.device!r} is not there; the nearest valid value is {self.device.type!r}")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
-        nearest = config.batch_size // self.processes * self.processes
-        require(
-            nearest == config.batch_size,
-            f"batch_size = {config.batch_size} in {self.processes} parts: the nearest valid value is {nearest}",
-        )
+        batch, rest = config.batch_size, config.batch_size % self.processes
+        require(not rest, f"batch_size = {batch} in {self.processes} parts: the nearest valid value is {batch - rest}")
         with accelerator.main_process_first():
             self.pairs = pairs_of(run)
         if self.main:
@@ -380,9 +377,8 @@ class _Trainer:
             if step % self.config.log_every == 0:
                 self._record(self._flush())
             self.bar.update()
-            gather = self.accelerator.gather
             for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
-                self.buffer[name][gather(self.places[part])] = gather(feature.detach())
+                self.buffer[name][self.accelerator.gather(self.places[part])] = self.accelerator.gather(feature.detach())
         self._flush()
 
     def _flush(self) -> dict[str, Any]:

@@ -37,5 +37,5 @@ notebooks: $(ready)
 	@command -v $(PYTHON) > /dev/null || { echo "no $(PYTHON) here: install Python 3.10 or later, or make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("$(PYTHON) is Python %d.%d; 3.10 or later is needed: make PYTHON=python3.12" % v[:2])'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --editable '.[bench,demo,test]'
+	.venv/bin/python -m pip install --editable '.[bench,collect,demo,test]'
 	touch $@

@@ -82,6 +82,8 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
 def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> Run:
     """Train in ``config.processes`` processes of this machine; the first that fails takes the others down."""
     run, seen = Run.create(config), {}
+    if run.finished:
+        return run
     pairs_of(run)
     started = multiprocessing.start_processes(_one_of_many, (config, get_free_port()), config.processes, join=False)
     with tqdm(total=config.episodes, desc=f"{run.path.name}, {config.processes} processes", unit="episode") as bar:

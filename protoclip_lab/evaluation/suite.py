@@ -264,7 +264,7 @@ def evaluate_checkpoint(
 def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator[pd.DataFrame]:
     """Evaluate each checkpoint of a run as it appears, once, until the run is finished.
 
-    It may be stopped and started at will: a checkpoint that the run has evaluations of, on all these sets, is done. One is
+    It may be stopped and started at will: a checkpoint that the run has evaluations of, on any of these sets, is done. One is
     there when its folder has its name; one whose files do not match their checksums is passed over.
 
     Args:
@@ -280,7 +280,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
         found = run.evaluations().groupby("checkpoint")["dataset"].agg(set)
-        done = seen | {checkpoint for checkpoint, names in found.items() if wanted <= names}
+        done = seen | {checkpoint for checkpoint, names in found.items() if wanted & names}
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
             seen.add(checkpoint.name)

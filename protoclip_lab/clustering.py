@@ -70,7 +70,7 @@ def kmeans(
     features = torch.as_tensor(features).detach().float().contiguous()
     require(1 <= k <= len(features), f"k = {k} clusters cannot be made of {len(features)} rows")
     if len(bad := (~torch.isfinite(features).all(dim=1)).nonzero()):
-        raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf")
+        raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf: their model has diverged, take a lower lr")
     together = share_above is not None and PartialState().num_processes > 1
     shared = together and len(features) * k > share_above
     if engine == AUTO:

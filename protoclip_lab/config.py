@@ -36,6 +36,7 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespa
         for name, value in given.items() if isinstance(given, dict) else ():
             require_known(name, cls.model_fields, f"unknown setting {name!r} of {cls.__name__}")
             field = cls.model_fields[name]
+            require(not isinstance(value, bool) or field.annotation is bool, f"{name} = {value} is no value of this setting")
             if get_origin(field.annotation) is Literal and isinstance(value, str):
                 require_known(value, get_args(field.annotation), f"{name} = {value!r} is not in {list(get_args(field.annotation))}")
             for bound in field.metadata if isinstance(value, int | float) else ():
@@ -132,7 +133,7 @@ class TrainConfig(Settings):
     text_start_episode: int = Field(1, ge=1, description="first episode in which all but the image tower learns")
     text_end_episode: int | None = Field(None, ge=1, description="episode at whose end its rate is 0; None is the last")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
-    betas: list[float] | None = Field(None, description="AdamW betas; None goes by the image tower's kind")
+    betas: list[float] | None = Field(None, min_length=2, max_length=2, description="AdamW betas; None goes by the image tower's kind")
     eps: float | None = Field(None, ge=0, description="AdamW eps; None goes by the image tower's kind")
     grad_checkpointing: bool = Field(False, description="make activations again in the backward pass: less memory")
     sync_batchnorm: bool = Field(True, description="BatchNorm statistics over all processes; on GPUs")
@@ -172,7 +173,7 @@ class TrainConfig(Settings):
     def teacher_ks(self) -> dict[str, list[int]]:
         """Numbers of prototypes by teacher: "image", "text" (with a positive proto_weight) and the external ones."""
         given = dict.fromkeys(["image", "text"], self.k) if self.proto_weight > 0 else {}
-        given |= {name: t.k or self.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
+        given |= {name: self.k if t.k is None else t.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
         return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
 
 

@@ -268,4 +268,9 @@ def _create_clip(name: str, pretrained: str | None, *, custom_text: bool = False
     if pretrained and Path(pretrained).is_dir():
         pretrained = str(Path(pretrained) / WEIGHTS)
     # The whole configuration goes in as overrides: what is saved is then what was built.
-    return open_clip.create_model(name, pretrained, force_custom_text=custom_text, **cfg)
+    try:
+        return open_clip.create_model(name, pretrained, force_custom_text=custom_text, **cfg)
+    except Exception as error:  # a file may hold anything; without torch's advice to unpickle it all the same
+        file, why = (pretrained or name).removeprefix("local-dir:"), str(error).partition(". ")[0]
+        require(isinstance(error, OSError) or not Path(file).exists(), f"{file} holds no weights of {name}: {why}. Name another")
+        raise

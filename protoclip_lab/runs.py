@@ -21,7 +21,7 @@ from scipy.special import stdtrit
 
 from protoclip_lab.config import TrainConfig, require
 from protoclip_lab.data import pairs, shapes
-from protoclip_lab.storage import write_json, write_text
+from protoclip_lab.storage import write_json, write_text, writing
 
 # These may change when a run is resumed: none has a say in weights or metrics.
 FREE = {"workers", "processes", "save_every", "tensorboard", "wandb", "run", "draw_every"}
@@ -64,8 +64,12 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        """The run's settings."""
-        return TrainConfig(**json.loads((self.path / "config.json").read_text("utf-8")))
+        """The run's settings; ValueError where they are damaged or another version's."""
+        try:
+            return TrainConfig(**json.loads((self.path / "config.json").read_text("utf-8")))
+        except ValueError as error:
+            found = f"{self.path.absolute() / 'config.json'} is damaged or of another version: {error}"
+            raise ValueError(f"{found}. Mend it, or choose another run folder") from error
 
     @property
     def finished(self) -> bool:
@@ -98,14 +102,16 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none yet.
+            ValueError: its files do not match their checksums.
         """
         if not (found := path or self.latest):
             raise FileNotFoundError(f"{self.path} has no checkpoint yet: let 03_train finish an episode first")
+        require(not path or not damaged_files(Path(path)), f"checkpoint {path} is damaged: take the one before")
         return Path(found)
 
     def append(self, file: str, row: Mapping[str, Any]) -> None:
         """Add one row to a ``.jsonl`` file of the run."""
-        with (self.path / file).open("a") as stream:
+        with writing(self.path / file), (self.path / file).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def last_row(self) -> dict[str, Any]:
@@ -127,8 +133,9 @@ class Run:
         final = self.path / "checkpoints" / name
         staging = final.with_name(f".{final.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write(staging)
+        with writing(final):
+            staging.mkdir(parents=True)
+            write(staging)
         write_json(staging / CHECKSUMS, {p.name: _sha256(p) for p in sorted(staging.iterdir())})
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
@@ -158,7 +165,10 @@ def pairs_of(run: Run) -> pairs.Pairs:
 
 def damaged_files(folder: Path) -> list[str]:
     """Files of a checkpoint that are missing or differ from their checksum."""
-    sums = json.loads((folder / CHECKSUMS).read_text("utf-8"))
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text("utf-8"))
+    except ValueError:
+        return [CHECKSUMS]
     return [name for name, wanted in sums.items() if not (folder / name).exists() or _sha256(folder / name) != wanted]
 
 

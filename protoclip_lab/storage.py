@@ -1,7 +1,23 @@
 """Files that a reader sees whole or not at all."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Give the error of a full disk, which names no file, the file's name and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        code, why = getattr(error, "errno", 0), getattr(error, "strerror", None) or error
+        raise OSError(code, f"{why}: make room, then do it again", str(path)) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -12,5 +28,6 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text so that a reader sees the old file or the new, never half of one."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_text(text, "utf-8")
+    with writing(path):
+        staging.write_text(text, "utf-8")
     staging.replace(path)

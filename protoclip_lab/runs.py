@@ -289,7 +289,7 @@ def _environment(config: TrainConfig) -> dict[str, Any]:
     device = f"cpu ({config.threads or torch.get_num_threads()} threads)"
     if config.device != "cpu" and torch.accelerator.is_available():
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "mps"
-    (Path(config.run) / "uncommitted.diff").write_text(_git("diff HEAD"), "utf-8")
+    write_text(Path(config.run) / "uncommitted.diff", _git("diff HEAD"))
     packages = {found.name: found.version for found in importlib.metadata.distributions()}
     return {"python": sys.version, "device": device, "packages": packages, "commit": _git("rev-parse --verify HEAD").strip()}
 

@@ -14,10 +14,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "filename", None):
-            raise
-        code, why = getattr(error, "errno", 0), getattr(error, "strerror", None) or error
-        raise OSError(code, f"{why}: make room, then do it again", str(path)) from error
+        raise OSError(f"{path} could not be written ({error}): make room, then do it again") from error
 
 
 def write_json(path: Path, value: object) -> None:

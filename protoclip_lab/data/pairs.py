@@ -15,7 +15,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import require, require_known
-from protoclip_lab.storage import write_json
+from protoclip_lab.storage import write_json, write_text
 
 BAD_ROWS = "bad_rows.jsonl"
 NO_PLACE = ("", 0, -1)  # tar below the root, offset and size, of an image that is a file of its own
@@ -258,8 +257,9 @@ def prepare(
     bad = sorted([*bad, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])])
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    pd.DataFrame(bad, columns=["row", "filepath", "reason"]).to_json(out / BAD_ROWS, orient="records", lines=True, force_ascii=False)
-    said = f"{len(bad)} of {total} rows of {table} are left out, see {out / BAD_ROWS}"
+    listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in bad)
+    write_text(out / BAD_ROWS, "".join(listed))
+    said = f"{total - len(bad)} of {total} rows of {table} are usable, for the others see {out / BAD_ROWS}"
     first = "; ".join(f"row {row} {path}: {why}" for row, path, why in bad[:5])
     require(len(bad) <= max_bad_share * total and len(bad) < total, f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
     if bad:

@@ -101,7 +101,7 @@ def test_bad_rows_are_counted_listed_and_skipped(folder, caplog):
     assert found.column("_row") == [2, 10]
     listed = [json.loads(line) for line in (found.folder / "bad_rows.jsonl").read_text().splitlines()]
     assert found.bad_rows == len(listed) == 7
-    assert "7 of 9 rows" in caplog.text and "bad_rows.jsonl" in caplog.text
+    assert "2 of 9 rows" in caplog.text and "bad_rows.jsonl" in caplog.text
     reasons = {row["row"]: row["reason"] for row in listed}
     assert "unreadable image" in reasons[3] and "unreadable image" in reasons[4] and "unreadable image" in reasons[5]
     assert "No such file" in reasons[6] and reasons[7] == "empty caption"
@@ -110,14 +110,12 @@ def test_bad_rows_are_counted_listed_and_skipped(folder, caplog):
 
 def test_too_many_bad_rows_stop_with_the_first_of_them(folder):
     table = write(folder, "filepath\ttitle\n0.jpg\tgood\ngone.jpg\tbad\n1.jpg\tgood\n")
-    with pytest.raises(
-        ValueError, match=r"1 of 3 rows .* are left out, .*max_bad_share = 5.0%: row 3 gone.jpg: unreadable image: .*No such file"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 3 rows .* are usable, .*max_bad_share = 5.0%: row 3 gone.jpg: .*No such file"):
         read(table)
     assert "gone.jpg" in (folder / "out" / "bad_rows.jsonl").read_text() and not (folder / "out" / "pairs.json").exists()
     assert len(read(table, max_bad_share=0.34)) == 2
-    for rows, left_out in {"": "0 of 0", "gone.jpg\tbad\n": "1 of 1"}.items():
-        with pytest.raises(ValueError, match=f"{left_out} rows .* are left out"):
+    for rows, usable in {"": "0 of 0", "gone.jpg\tbad\n": "0 of 1"}.items():
+        with pytest.raises(ValueError, match=f"{usable} rows .* are usable"):
             read(write(folder, "filepath\ttitle\n" + rows), max_bad_share=1)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from protoclip_lab import teachers
-from protoclip_lab.data.pairs import BadRows, prepare
+from protoclip_lab.data.pairs import prepare
 
 # A different colour in each corner tells every turn and mirroring.
 CORNERS = np.array([[[250, 10, 10], [10, 250, 10]], [[10, 10, 250], [240, 240, 20]]], np.uint8)
@@ -119,8 +119,8 @@ def broken_images(folder):
     os.symlink("loop.jpg", folder / "images" / "loop.jpg")
     os.symlink("gone.jpg", folder / "images" / "dangling.jpg")
     return {
-        "gone.jpg": (None, "missing file"),
-        "dangling.jpg": (None, "missing file"),
+        "gone.jpg": (None, "No such file"),
+        "dangling.jpg": (None, "No such file"),
         "empty.jpg": (b"", "cannot identify"),
         "truncated.jpg": (GOOD[:-40], "truncated"),
         "header_alone.jpg": (GOOD[:200], "unreadable image"),
@@ -148,7 +148,9 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(folder):
     for row, (name, (_, reason)) in zip(range(3, 99), bad.items(), strict=False):
         path, why = listed(folder)[row]
         assert reason in why and path in (name, ""), (name, why)
-    with pytest.raises(BadRows, match=rf"1 of {1 + len(bad)} rows .*row 3 gone\.jpg: missing file.*bad_rows\.jsonl"):
+    with pytest.raises(
+        ValueError, match=rf"1 of {1 + len(bad)} rows .*bad_rows\.jsonl.*row 3 gone\.jpg: .* No such file"
+    ):
         prepared(folder, (folder / "captions.tsv").read_bytes(), max_bad_share=0.5)
 
 

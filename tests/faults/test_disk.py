@@ -48,7 +48,7 @@ def test_a_training_stops_and_goes_on_once_there_is_room(what, settings, unbroke
 def test_the_first_files_of_a_run(settings, tmp_path):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run")))
     status, said = command("train", tmp_path / "train.yaml", full=(f"{RUNS}:Run", "create", 1, 10))
-    refused(status, said, tmp_path / "run" / "config.json")
+    refused(status, said, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

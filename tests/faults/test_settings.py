@@ -7,6 +7,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Literal, get_args, get_origin
 from unittest import mock
 
+import papermill
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -139,7 +140,7 @@ def test_a_bad_setting_reaches_no_training(bad, folder):
 
 
 PARAMETERS = {
-    path.stem: batch.notebook_parameters(path) for path in sorted((batch.TEMPLATES.parents[1] / "notebooks").glob("0*.ipynb"))
+    path.stem: [*papermill.inspect_notebook(path)] for path in sorted((batch.TEMPLATES.parents[1] / "notebooks").glob("0*.ipynb"))
 }
 
 

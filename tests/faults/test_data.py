@@ -148,9 +148,7 @@ def test_what_cannot_be_read_is_counted_and_the_rest_goes_on(folder):
     for row, (name, (_, reason)) in zip(range(3, 99), bad.items(), strict=False):
         path, why = listed(folder)[row]
         assert reason in why and path in (name, ""), (name, why)
-    with pytest.raises(
-        ValueError, match=rf"1 of {1 + len(bad)} rows .*bad_rows\.jsonl.*row 3 gone\.jpg: .* No such file"
-    ):
+    with pytest.raises(ValueError, match=rf"1 of {1 + len(bad)} rows .*bad_rows\.jsonl.*row 3 gone\.jpg: .* No such file"):
         prepared(folder, (folder / "captions.tsv").read_bytes(), max_bad_share=0.5)
 
 

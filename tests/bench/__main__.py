@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import functions, inputs, measure, report, training
+from . import functions, inputs, measure, report, scale, training
 
 
 def paper_k(*, rounds: int = 1, **changes: Any) -> dict[str, Any]:
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "training": training.arms,
     "paper_k": paper_k,
     "open_clip": training.open_clip,
+    "scale": scale.scale,
     "gpu": training.gpu,
 }
 # To see in a minute that all of it works; the figures mean nothing.
@@ -40,6 +41,7 @@ TOY: dict[str, dict[str, Any]] = {
     "training": {"episode_size": 128, "k": 8, "timed": 1, "rounds": 1, "model": "RN-micro"},
     "paper_k": {"episode_size": 128, "k": 16, "rounds": 1, "model": "RN-micro"},
     "open_clip": {"samples": 128, "timed": 1, "rounds": 1, "model": "RN-micro"},
+    "scale": {"rows": (1000, 2000)},
     "gpu": {"model": "RN-micro", "batches": (32, 64), "k": 16, "n": 256},
 }
 

@@ -144,6 +144,15 @@ def _umap(measured: dict[str, Any]) -> Iterator[Row]:
     yield Row(f"UMAP of {about['points']:,} points", measured["seconds"]["umap"], "s", note=f"d {about['d']}, compiled before")
 
 
+def _scale(measured: dict[str, Any]) -> Iterator[Row]:
+    for name, by_rows in measured["found"].items():
+        rows, values = [int(n) for n in by_rows], [*by_rows.values()]
+        asked = "≤ 400" if name.startswith("a reader") else ""
+        slope = float(np.polyfit(np.log(rows), np.log(np.maximum(values, 1e-9)), 1)[0])
+        note = f"{rows[-1]:,} rows; {values[0]:.3g} at {rows[0]:,}; exponent {slope:.2f}"
+        yield Row(f"{name}{'' if 'MiB' in name else ': seconds'}", values[-1:], "", asked, note)
+
+
 def _gpu(measured: dict[str, Any]) -> Iterator[Row]:
     for found in measured["arms"].values():
         yield from _arms(found)
@@ -151,7 +160,7 @@ def _gpu(measured: dict[str, Any]) -> Iterator[Row]:
 
 
 SECTIONS = {"training": _arms, "open_clip": _open_clip, "back_translation": _back_translation, "loss": _loss, "kmeans": _kmeans}
-SECTIONS |= {"paper_k": _paper_k, "growth": _growth, "input": _input, "umap": _umap, "gpu": _gpu}
+SECTIONS |= {"paper_k": _paper_k, "growth": _growth, "input": _input, "umap": _umap, "scale": _scale, "gpu": _gpu}
 QUALITY = Row("quality: rolling − faithful, linear probe and mean recall", [], "", "≥ −1.0, ≥ −0.5", "takes hours: reports/LOG.md")
 STAGES = {"extract": "extract", "cluster": "cluster", "learn": "learn", "rest": "rest (checkpoint)"}
 HEAD = ["| what | asked | measured: median (min – max; n) | | |", "|---|---|---|---|---|"]

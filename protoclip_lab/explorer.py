@@ -94,9 +94,8 @@ class View(VBox):
 
         wrap, half = {"flex_flow": "row wrap"}, {"flex": "1 1 400px", "min_width": "0"}
         found = VBox([self.title, Box(self.cards, layout=wrap), self.near], layout=half)
-        seen = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
-        heading = HTML(f"<b>{escape(snapshot.run.path.name)}</b>")
-        super().__init__([heading, Box([*reactions], layout=wrap), problems, seen], layout=half)
+        row = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
+        super().__init__([HTML(f"<b>{escape(snapshot.run.path.name)}</b>"), Box([*reactions], layout=wrap), problems, row], layout=half)
 
     def show(self, rows: Sequence[int], title: str, source: Any = None) -> None:
         """Show samples on the map and the first as pictures with captions; of a single one, what lies near it."""
@@ -131,8 +130,7 @@ class View(VBox):
         low, high = xy.min(axis=0), xy.max(axis=0)
         self.table[["x", "y"]] = (2 * xy - low - high) / (high - low)
         self.prototype.value = None
-        sizes = pd.Series(self.assigned).value_counts().items()
-        self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
+        self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in pd.Series(self.assigned).value_counts().items()}
 
     def _draw(self, change: dict) -> None:
         if change["owner"] is self.checkpoint:
@@ -154,7 +152,7 @@ class View(VBox):
 
     def _find(self, change: dict) -> None:
         if caption := change["new"].strip():
-            text = encoders.encode_texts(_load(self.snapshot.checkpoint), [caption], progress=False)[0]
+            text = encoders.encode_texts(_load(self.snapshot.checkpoint), [caption])[0]
             nearest = (self.snapshot.features.image @ text).argsort(descending=True)[:PICTURES]
             self.show(nearest.tolist(), f"Images nearest to “{caption}”", self.caption)
 
@@ -187,8 +185,7 @@ class Live:
 
     def draw(self, run: Run) -> Figure:
         """Losses, prototype accuracies and gap so far, shown in the figure's place."""
-        config = run.config
-        figure = plots.training_curves(run.metrics(), config.infonce_warmup_episodes, config.lit_start_episode)
+        figure = plots.training_curves(run.metrics(), run.config.infonce_warmup_episodes, run.config.lit_start_episode)
         display.display(figure, display_id=self._place, update=self._shown)
         self._shown = True
         return figure

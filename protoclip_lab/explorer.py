@@ -103,7 +103,7 @@ class View(VBox):
         for control, nothing in ((self.prototype, None), (self.caption, "")):
             if control is not source:
                 control.value = nothing
-        self.scatter.selection(np.flatnonzero(self.table["sample"].isin(self.rows)))
+        self.scatter.selection(np.flatnonzero(self.table.index.isin(self.rows)))
         for card, row in zip_longest(self.cards, self.rows[:PICTURES]):
             card.layout.display = "none" if row is None else None
             if row is not None:
@@ -119,12 +119,11 @@ class View(VBox):
             view.show(rows, title, source)
 
     def _read(self) -> None:
-        snapshot, joint = self.snapshot, self.modality.value == "joint"
-        modality = "image" if joint else self.modality.value
+        kinds = ["image", "text"] if self.modality.value == "joint" else [self.modality.value]
+        snapshot, modality = self.snapshot, kinds[0]
         (self.assigned, self.centroids, self.features), self.names = snapshot.prototypes(modality), snapshot.names(modality)
         table = pd.DataFrame({name: plots.told_apart(values, len(COLOURS)) for name, values in snapshot.colourings(modality).items()})
-        table["caption"], table["sample"] = [snapshot.pairs.caption(row) for row in snapshot.rows], table.index
-        kinds = ["image", "text"] if joint else [modality]
+        # By number of the sample: "both" has each twice.
         self.table = pd.concat([table] * len(kinds)).assign(modality=plots.told_apart(np.repeat(kinds, len(table)), 2))
         xy = snapshot.xy(self.modality.value)
         low, high = xy.min(axis=0), xy.max(axis=0)
@@ -146,7 +145,7 @@ class View(VBox):
             self._share(members[nearest], f"Prototype {self.names[prototype]}: {len(members):,} samples, nearest first", self.prototype)
 
     def _show_selected(self, change: dict) -> None:
-        rows = self.table["sample"].iloc[change["new"]].unique()
+        rows = self.table.index[change["new"]].unique()
         if set(rows) != set(self.rows):  # the front end may repeat what it was told
             self._share(rows, f"{len(rows):,} samples selected")
 

@@ -261,4 +261,4 @@ def test_20000_points_are_shown_selected_and_recoloured(view):
     assert len(big.table) == 40_000
     point = 12_345
     select(big, [point])
-    assert_shows(big, [big.table["sample"].iloc[point]])
+    assert_shows(big, [big.table.index[point]])

@@ -177,19 +177,11 @@ class TrainConfig(Settings):
         return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
 
 
-def notebook_settings(namespace: dict[str, Any], known: Collection[str] = TrainConfig.model_fields) -> dict[str, Any]:
-    """A notebook's own variables: what its parameters cell and papermill have set, no imports, none of IPython's.
-
-    Run again in a live notebook, only what was there the first time may be mistyped: the rest was made by later cells.
-    """
-    own = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
-    own = {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
-    given = namespace.setdefault("_given", set(own))
-    return {name: value for name, value in own.items() if name in known or name in given}
-
-
 def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) -> Any:
     """Call ``function`` with a notebook's own variables; papermill itself only warns of unknown names.
+
+    These are what its parameters cell and papermill have set, no imports, none of IPython's. Run again in a live
+    notebook, only what was there the first time may be mistyped: the rest was made by later cells.
 
     Args:
         passed_to: functions that take what ``function`` does not name itself.
@@ -198,7 +190,10 @@ def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) ->
         ValueError: a variable is no argument of the function; the nearest one is named.
     """
     known = [name for taker in (function, *passed_to) for name in inspect.signature(taker).parameters]
-    settings = notebook_settings(namespace, known)
+    own = {name: value for name, value in namespace.items() if not name.startswith("_") and name not in ("In", "Out")}
+    own = {name: value for name, value in own.items() if not callable(value) and not inspect.ismodule(value)}
+    given = namespace.setdefault("_given", set(own))
+    settings = {name: value for name, value in own.items() if name in known or name in given}
     for name in settings:
         require_known(name, known, f"unknown parameter {name!r}")
     return function(**settings)

@@ -194,18 +194,17 @@ def restore(model: TwoTowers, folder: Path) -> None:
         model.load_state_dict(model.clip.state_dict(prefix="clip.") | safetensors.torch.load_file(folder / HEADS))
 
 
-def encode_images(model: TwoTowers, images: Sequence, *, batch_size: int = 256, workers: int = 0, progress: bool = True) -> Outputs:
+def encode_images(model: TwoTowers, images: Sequence, *, batch_size: int = 256, workers: int = 0) -> Outputs:
     """Image features z_I and h_I of an indexable of PIL images, (N, d) float32 on the CPU, in eval mode.
 
     The features of an image that cannot be read are NaN; a warning is logged that names it.
     """
-    read = partial(_transformed, images, model.eval_transform)
-    return _encode(model, "images", range(len(images)), read, batch_size, workers, progress)
+    return _encode(model, "images", range(len(images)), partial(_transformed, images, model.eval_transform), batch_size, workers)
 
 
-def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256, progress: bool = True) -> Tensor:
+def encode_texts(model: TwoTowers, captions: Sequence[str], *, batch_size: int = 256) -> Tensor:
     """Text features z_T of captions, (N, embed) float32 on the CPU, in eval mode."""
-    return _encode(model, "captions", captions, lambda texts: (None, model.tokenizer(texts)), batch_size, progress=progress).text
+    return _encode(model, "captions", captions, lambda texts: (None, model.tokenizer(texts)), batch_size).text
 
 
 def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size: int = 256) -> Outputs:
@@ -215,11 +214,11 @@ def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size
 
 
 @torch.no_grad()
-def _encode(model: TwoTowers, what: str, rows: Sequence, read: Callable, size: int, workers: int = 0, progress: bool = True) -> Outputs:
+def _encode(model: TwoTowers, what: str, rows: Sequence, read: Callable, size: int, workers: int = 0) -> Outputs:
     """Features of rows that ``read`` makes into images and tokens, batch by batch; None for what is not asked for."""
     # With a generator of its own: the loader would draw from the global one.
     loader = DataLoader(rows, size, num_workers=workers, collate_fn=read, generator=torch.Generator())
-    bar = tqdm(loader, desc=f"encoding {what}", disable=not progress, mininterval=2, leave=False)
+    bar = tqdm(loader, desc=f"encoding {what}", delay=2, mininterval=2, leave=False)
     device = next(model.parameters()).device
     # A model in training may carry accelerate's autocast: what it is measured by must not depend on that.
     forward = getattr(model, "_original_forward", model)
@@ -254,13 +253,12 @@ def _load_authors(file: Path) -> TwoTowers:
     towers = {name: value for name, value in state.items() if name not in own}
     # open_clip's reader of OpenAI's weights, which bear the same names, with QuickGELU as theirs. It halves the precision.
     clip = open_clip.model.build_model_from_openai_state_dict(dict(towers), cast_dtype=torch.float32).float()
-    clip.load_state_dict(towers)
     clip.visual.preprocess_cfg = vars(PreprocessCfg(size=clip.visual.image_size))
     # Linear layers of the head; BatchNorms between them have weights of one dimension.
     dense = [w for name, w in own.items() if name.startswith("image_head") and w.ndim == 2]
     heads = {"width": dense[0].shape[1], "hidden": len(dense[0]), "out": len(dense[-1]), "depth": len(dense) - 1} if dense else None
     model = TwoTowers(clip, {}, open_clip.SimpleTokenizer(context_length=clip.context_length), heads).eval()
-    model.load_state_dict(model.clip.state_dict(prefix="clip.") | own)
+    model.load_state_dict({f"clip.{name}": value for name, value in towers.items()} | own)
     return model
 
 

@@ -94,9 +94,8 @@ class View(VBox):
 
         wrap, half = {"flex_flow": "row wrap"}, {"flex": "1 1 400px", "min_width": "0"}
         found = VBox([self.title, Box(self.cards, layout=wrap), self.near], layout=half)
-        seen = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
-        heading = HTML(f"<b>{escape(snapshot.run.path.name)}</b>")
-        super().__init__([heading, Box([*reactions], layout=wrap), problems, seen], layout=half)
+        row = Box([VBox([self.scatter.widget], layout=half), found], layout=wrap)
+        super().__init__([HTML(f"<b>{escape(snapshot.run.path.name)}</b>"), Box([*reactions], layout=wrap), problems, row], layout=half)
 
     def show(self, rows: Sequence[int], title: str, source: Any = None) -> None:
         """Show samples on the map and the first as pictures with captions; of a single one, what lies near it."""
@@ -104,7 +103,7 @@ class View(VBox):
         for control, nothing in ((self.prototype, None), (self.caption, "")):
             if control is not source:
                 control.value = nothing
-        self.scatter.selection(np.flatnonzero(self.table["sample"].isin(self.rows)))
+        self.scatter.selection(np.flatnonzero(self.table.index.isin(self.rows)))
         for card, row in zip_longest(self.cards, self.rows[:PICTURES]):
             card.layout.display = "none" if row is None else None
             if row is not None:
@@ -120,19 +119,17 @@ class View(VBox):
             view.show(rows, title, source)
 
     def _read(self) -> None:
-        snapshot, joint = self.snapshot, self.modality.value == "joint"
-        modality = "image" if joint else self.modality.value
+        kinds = ["image", "text"] if self.modality.value == "joint" else [self.modality.value]
+        snapshot, modality = self.snapshot, kinds[0]
         (self.assigned, self.centroids, self.features), self.names = snapshot.prototypes(modality), snapshot.names(modality)
         table = pd.DataFrame({name: plots.told_apart(values, len(COLOURS)) for name, values in snapshot.colourings(modality).items()})
-        table["caption"], table["sample"] = [snapshot.pairs.caption(row) for row in snapshot.rows], table.index
-        kinds = ["image", "text"] if joint else [modality]
+        # By number of the sample: "both" has each twice.
         self.table = pd.concat([table] * len(kinds)).assign(modality=plots.told_apart(np.repeat(kinds, len(table)), 2))
         xy = snapshot.xy(self.modality.value)
         low, high = xy.min(axis=0), xy.max(axis=0)
         self.table[["x", "y"]] = (2 * xy - low - high) / (high - low)
         self.prototype.value = None
-        sizes = pd.Series(self.assigned).value_counts().items()
-        self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in sizes}
+        self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in pd.Series(self.assigned).value_counts().items()}
 
     def _draw(self, change: dict) -> None:
         if change["owner"] is self.checkpoint:
@@ -148,13 +145,13 @@ class View(VBox):
             self._share(members[nearest], f"Prototype {self.names[prototype]}: {len(members):,} samples, nearest first", self.prototype)
 
     def _show_selected(self, change: dict) -> None:
-        rows = self.table["sample"].iloc[change["new"]].unique()
+        rows = self.table.index[change["new"]].unique()
         if set(rows) != set(self.rows):  # the front end may repeat what it was told
             self._share(rows, f"{len(rows):,} samples selected")
 
     def _find(self, change: dict) -> None:
         if caption := change["new"].strip():
-            text = encoders.encode_texts(_load(self.snapshot.checkpoint), [caption], progress=False)[0]
+            text = encoders.encode_texts(_load(self.snapshot.checkpoint), [caption])[0]
             nearest = (self.snapshot.features.image @ text).argsort(descending=True)[:PICTURES]
             self.show(nearest.tolist(), f"Images nearest to “{caption}”", self.caption)
 
@@ -187,8 +184,7 @@ class Live:
 
     def draw(self, run: Run) -> Figure:
         """Losses, prototype accuracies and gap so far, shown in the figure's place."""
-        config = run.config
-        figure = plots.training_curves(run.metrics(), config.infonce_warmup_episodes, config.lit_start_episode)
+        figure = plots.training_curves(run.metrics(), run.config.infonce_warmup_episodes, run.config.lit_start_episode)
         display.display(figure, display_id=self._place, update=self._shown)
         self._shown = True
         return figure

@@ -207,11 +207,11 @@ def test_encoding_is_in_eval_mode_and_does_not_depend_on_the_batch_size(tmp_path
     assert not model.training
     for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    alone = encoders.encode_images(model, [pairs.image(r) for r in rows], progress=False)
+    alone = encoders.encode_images(model, [pairs.image(r) for r in rows])
     torch.testing.assert_close(alone.image, whole.image, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone.image_projection, whole.image_projection, rtol=1e-4, atol=1e-5)
     assert alone.text is None and alone.text_projection is None
-    texts = encoders.encode_texts(model, [pairs.caption(r) for r in rows], progress=False)
+    texts = encoders.encode_texts(model, [pairs.caption(r) for r in rows])
     torch.testing.assert_close(texts, whole.text, rtol=1e-4, atol=1e-5)
 
 

@@ -190,7 +190,7 @@ def test_another_checkpoint_shows_its_own_features(view, run):
     assert {label.rpartition(" (")[0] for label in view.prototype.options} <= set(expected.names("image"))
     assert view.colouring.value == "shape"
     view.caption.value = "a red circle"
-    text = encoders.encode_texts(encoders.load(first), ["a red circle"], progress=False)[0]
+    text = encoders.encode_texts(encoders.load(first), ["a red circle"])[0]
     assert_shows(view, np.argsort(-(expected.features.image @ text).numpy())[:PICTURES])
 
 
@@ -220,7 +220,7 @@ def test_two_runs_follow_each_other_on_the_same_samples(run, clip):
     assert (one.modality.value, one.colouring.value) == ("text", "shape")
     one.caption.value = "a blue square"
     for view in views:
-        text = encoders.encode_texts(encoders.load(view.checkpoint.value), ["a blue square"], progress=False)[0]
+        text = encoders.encode_texts(encoders.load(view.checkpoint.value), ["a blue square"])[0]
         assert_shows(view, np.argsort(-(view.snapshot.features.image @ text).numpy())[:PICTURES])
     assert one.rows != two.rows, "each run finds its own"
 
@@ -261,4 +261,4 @@ def test_20000_points_are_shown_selected_and_recoloured(view):
     assert len(big.table) == 40_000
     point = 12_345
     select(big, [point])
-    assert_shows(big, [big.table["sample"].iloc[point]])
+    assert_shows(big, [big.table.index[point]])

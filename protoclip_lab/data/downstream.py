@@ -4,27 +4,23 @@ import json
 import pickletools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 from PIL import Image
 
 from protoclip_lab.config import require, require_known
-from protoclip_lab.data import shapes
 from protoclip_lab.data.pairs import NO_PLACE, Pairs, fingerprint, index_tar, read_image
 from protoclip_lab.storage import write_text
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 Classes = str | Sequence[str]
 
 # Data sets known by name: see the file.
 KNOWN: dict[str, dict] = yaml.safe_load((resources.files("protoclip_lab.data") / "downstream.yaml").read_text("utf-8"))
-CAPTIONED = tuple(name for name, about in KNOWN.items() if "images" in about)
 # Folders that torchvision knows how to read, and how far above them the root lies that it wants.
 TORCHVISION = {"stl10_binary": ("STL10", 0), "GTSRB": ("GTSRB", 1), "flowers-102": ("Flowers102", 0), "devkit": ("StanfordCars", 1)}
 
@@ -73,8 +69,7 @@ class PairImages(Images):
         super().__init__(names, self.rows, pairs.image, pairs.root, names, pairs.fingerprint)
 
 
-@dataclass
-class Labelled:
+class Labelled(NamedTuple):
     """Images with one class each.
 
     Attributes:
@@ -120,8 +115,8 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     if not path.exists():
         raise FileNotFoundError(f"there are no images at {path}: name a folder of class folders, or a tar of the same")
     places = index_tar(path) if path.is_file() else {f.relative_to(path).as_posix(): NO_PLACE for f in path.glob("*/*")}
-    names = (n for n in places if "/" in n and n.lower().endswith(IMAGE_SUFFIXES) and not re.search(r"(^|/)\.", n))
-    files = sorted(map(PurePosixPath, names))
+    files = sorted(PurePosixPath(name) for name in places if "/" in name and not re.search(r"(^|/)\.", name))
+    files = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
     require(len({f.parent.parent for f in files}) == 1, f"{path}: expected <class>/<image file>, all class folders in one place")
     return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[str(f)] for f in files}))
 
@@ -261,26 +256,25 @@ def _words(folder: str) -> str:
 
 def class_names(classes: Classes) -> list[str]:
     """Names themselves, or those of a set that clip_benchmark knows ("flowers", …); ValueError names the nearest."""
-    return _listed("classes", classes, "en_classnames.json", {})
+    return _listed("classes", classes, "en_classnames.json")
 
 
 def templates(templates: Classes) -> list[str]:
-    """Templates themselves, or those of a known set ("cifar10", "imagenet1k", "shapes/colour", …).
+    """Templates themselves, or those of a known set ("cifar10", "imagenet1k", …).
 
     Raises:
         ValueError: no known set (the nearest is named), or a template without ``{}``.
     """
-    own = {f"shapes/{factor}": prompts for factor, prompts in shapes.PROMPTS.items()}
-    found = _listed("templates", templates, "en_zeroshot_classification_templates.json", own)
+    found = _listed("templates", templates, "en_zeroshot_classification_templates.json")
     fit = found and all("{}" in template for template in found)
     require(fit, f"templates {found}: at least one is needed, each with {{}} where the class name goes")
     return found
 
 
-def _listed(what: str, given: Classes, file: str, own: dict[str, Sequence[str]]) -> list[str]:
-    """A list as given, or known by name: to ``file`` of clip_benchmark or as one of our ``own``."""
+def _listed(what: str, given: Classes, file: str) -> list[str]:
+    """A list as given, or known by name to ``file`` of clip_benchmark."""
     if isinstance(given, str):
-        known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}")) | own
+        known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}"))
         require_known(given, known, f"{what} = {given!r} is neither a list nor a known set")
         given = known[given]
     return list(given)

@@ -23,9 +23,8 @@ from protoclip_lab.randomness import numpy_generator
 _OVERSAMPLING = 4  # masks are drawn at 4 x and averaged: anti-aliasing that Pillow's polygons lack
 
 _WORLD = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text("utf-8"))
-# Captions by template, and what a zero-shot classifier of a factor asks.
-TEMPLATES: tuple[str, ...] = tuple(_WORLD["templates"])
-PROMPTS: dict[str, tuple[str, ...]] = {factor: tuple(prompts) for factor, prompts in _WORLD["prompts"].items()}
+# What a zero-shot classifier of a factor asks.
+PROMPTS: dict[str, list[str]] = _WORLD["prompts"]
 
 
 def _outlines():
@@ -89,7 +88,7 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = _WO
     rng = numpy_generator(seed, "shapes", index)
     row = {factor: values[rng.integers(len(values))] for factor, values in FACTORS.items()}
     words = {factor: str(rng.choice(_WORLD["synonyms"].get(value, [value]))) for factor, value in row.items()}
-    title = re.sub(r"\ba (?=[aeiou])", "an ", TEMPLATES[rng.integers(len(TEMPLATES))].format(**words))
+    title = re.sub(r"\ba (?=[aeiou])", "an ", str(rng.choice(_WORLD["templates"])).format(**words))
 
     radius = _VALUES["size"][row["size"]] * (1 + _WORLD["size_change"] * difficulty * rng.uniform(-1, 1))
     towards = np.array(_VALUES["position"][row["position"]]) * (rng.choice((-1, 1), 2) if row["position"] in ("corner", "side") else 1)

@@ -53,8 +53,7 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
 def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
     """Labels of any kind -> (rows,) array; ValueError when there is not one for each row."""
     labels = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
-    if labels.shape != (rows,):
-        raise ValueError(f"{name} has shape {labels.shape}, its features have {rows} rows: one label a row is needed")
+    require(labels.shape == (rows,), f"{name} has shape {labels.shape}, its features have {rows} rows: one label a row is needed")
     return labels
 
 
@@ -162,11 +161,10 @@ def accuracy(correct: Mapping[str, np.ndarray], labels: np.ndarray, draws: int, 
     """
     classes, index = np.unique(labels, return_inverse=True)
     hits = {name: torch.from_numpy(values).double() for name, values in correct.items()}
-    first = next(iter(hits.values()))
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         shares = {name: 100 * (weights @ values) / weights.sum(dim=1) for name, values in hits.items()}
-        per_class = class_sums(weights * first, index, len(classes)) / class_sums(weights, index, len(classes))
+        per_class = class_sums(weights * next(iter(hits.values())), index, len(classes)) / class_sums(weights, index, len(classes))
         return {**shares, "mean_per_class": 100 * per_class.nanmean(dim=1)}
 
     return estimate(under, len(labels), draws, seed)
@@ -316,31 +314,23 @@ def separability(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
     return {"separability": linear_probe(both[:half], sides[:half], both[half:], sides[half:], draws=draws, seed=seed)["accuracy"]}
 
 
-def moved(image: Any, text: Any, share: float) -> tuple[Tensor, Tensor]:
-    """Both modalities moved along the gap towards each other, ``share`` of it together, and normalised again.
-
-    At 1 their means meet (before they are normalised), at -1 the gap is twice as wide.
+def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates], shares: Sequence[float] = SWEEP) -> Estimates:
+    """What zero-shot or retrieval gives with the modalities moved along the gap towards each other, and normalised again.
 
     Args:
         image, text: (N, d), (M, d); L2-normalised first.
+        measure: (image, text) -> values; those named in ``SWEPT`` are kept.
+        shares: of the gap, by which they come together: at 1 the means meet (before normalising), at -1 the gap is
+            twice as wide.
+
+    Returns:
+        Names such as "mean_recall@+0.25": brought together by a quarter of the gap.
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053), section 4.
     """
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
-    step = share / 2 * (image.mean(dim=0) - text.mean(dim=0))
-    return F.normalize(image - step, dim=1), F.normalize(text + step, dim=1)
-
-
-def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates], shares: Sequence[float] = SWEEP) -> Estimates:
-    """What zero-shot or retrieval gives with the modalities moved along the gap: see :func:`moved`.
-
-    Args:
-        measure: (image, text) -> values; those named in ``SWEPT`` are kept.
-
-    Returns:
-        Names such as "mean_recall@+0.25": brought together by a quarter of the gap.
-    """
-    found = {share: measure(*moved(image, text, share)) for share in shares}
+    steps = {share: share / 2 * (image.mean(dim=0) - text.mean(dim=0)) for share in shares}
+    found = {share: measure(F.normalize(image - step, dim=1), F.normalize(text + step, dim=1)) for share, step in steps.items()}
     return {f"{name}@{share:+.2f}": v for share, values in found.items() for name, v in values.items() if name in SWEPT}
 
 

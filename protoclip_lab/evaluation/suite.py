@@ -112,9 +112,8 @@ def evaluate(
             log.warning("evaluation set %s is left out: %s: %s", given.name, type(error).__name__, error)
     (folder / "features").mkdir(parents=True, exist_ok=True)
     features = partial(_encoded, model, encoders.fingerprint(model), folder / "features", batch_size, workers)
-    options = {"features": features, "records": records, "seed": seed, "draws": draws}
     for measure, given, tests, train in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
-        parts = [_measured(measure, given, test, train, **options) for test in tests]
+        parts = [_measured(measure, given, test, train, features, records, seed=seed, draws=draws) for test in tests]
         for key, found in evaluation.mean(parts).items():
             name = key if key == measure else f"{measure}_{key}"
             value, low, high = (None if np.isnan(x) else float(x) for x in (found, found.low, found.high))  # JSON knows no NaN
@@ -142,7 +141,7 @@ def _opened(given: EvaluationSet, folder: Path) -> tuple[list[Labelled], Labelle
     if given.images:
         tests = [downstream.from_classes(given.images, given.classes or None)]
         train = downstream.from_classes(given.train_images) if given.train_images else None
-    elif given.root and given.name not in downstream.CAPTIONED:
+    elif given.root and "images" not in downstream.KNOWN[given.name]:
         tests = downstream.known(given.name, given.root)
         with suppress(FileNotFoundError, RuntimeError):  # not there, so not probed; the latter is torchvision's
             train = downstream.known(given.name, given.root, "train")[0]
@@ -162,7 +161,6 @@ def _opened(given: EvaluationSet, folder: Path) -> tuple[list[Labelled], Labelle
 def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
     # Sets that differ in their labels alone share a preparation.
     key = fingerprint([json.dumps(arguments, sort_keys=True)], [""])[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # a training and its watcher may both be at it
         return prepare(**arguments, out=folder / key)
 
@@ -218,7 +216,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     require(table.with_name("shapes.json").exists(), f"{run.path} was not trained on the shapes world: name what to evaluate on")
     world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
-    factors = [{"name": f, "label": f, "templates": f"shapes/{f}", **world, **train} for f in shapes.FACTORS]
+    factors = [{"name": f, "label": f, "templates": shapes.PROMPTS[f], **world, **train} for f in shapes.FACTORS]
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]
 
 

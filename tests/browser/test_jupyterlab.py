@@ -82,7 +82,7 @@ def test_the_explorer_of_notebook_04_answers_mouse_and_keyboard(run, tmp_path):
         # a caption, by keyboard
         page.get_by_label("Find images").fill("a red circle")
         page.keyboard.press("Enter")
-        text = encoders.encode_texts(encoders.load(seen.checkpoint), ["a red circle"], progress=False)[0]
+        text = encoders.encode_texts(encoders.load(seen.checkpoint), ["a red circle"])[0]
         nearest = (seen.features.image @ text).argsort(descending=True).numpy()[:PICTURES]
         expect_pictures(page, seen, nearest)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_arrays import flat, written_out
 
-from protoclip_lab import evaluation
 from protoclip_lab.evaluation import gap_sweep, modality_gap, retrieval, separability, zero_shot
 
 
@@ -90,13 +89,20 @@ def test_without_both_modalities_to_learn_and_to_ask_about_there_is_no_separabil
     assert any(math.isnan(value) for value in found)
 
 
+def moved(image, text, share):
+    """What the sweep measures at this share."""
+    seen = []
+    gap_sweep(image, text, lambda *both: seen.append(both) or {}, [share])
+    return seen[0]
+
+
 def test_moved_equals_its_formula_where_means_meet_at_1_and_the_gap_doubles_at_minus_1():
     image, text, _ = problem()
     way = unit(image).mean(axis=0) - unit(text).mean(axis=0)
     for share in (-1, 0.25, 1):
         expected = unit(image) - share / 2 * way, unit(text) + share / 2 * way
         np.testing.assert_allclose(expected[0].mean(axis=0) - expected[1].mean(axis=0), (1 - share) * way, atol=1e-9)
-        for found, before in zip(evaluation.moved(image, text, share), expected, strict=True):
+        for found, before in zip(moved(image, text, share), expected, strict=True):
             np.testing.assert_allclose(found.numpy(), unit(before), atol=1e-5)
 
 
@@ -108,7 +114,7 @@ def test_sweep_measures_what_is_moved():
         lambda image, text: retrieval(image, text, owner): {"mean_recall", "image_to_text_R@1", "text_to_image_R@1"},
     }
     for measure, names in measures.items():
-        found, unmoved, apart = gap_sweep(image, text, measure), measure(image, text), evaluation.moved(image, text, -0.75)
+        found, unmoved, apart = gap_sweep(image, text, measure), measure(image, text), moved(image, text, -0.75)
         assert found.keys() == {f"{name}@{share / 4:+.2f}" for name in names for share in range(-4, 5)}
         for name in names:
             assert found[f"{name}@+0.00"] == pytest.approx(unmoved[name], abs=1e-4)

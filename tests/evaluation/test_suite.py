@@ -107,7 +107,7 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
         "where": {"split": "test"},
         "train_where": {"split": "train"},
         "label": "colour",
-        "templates": "shapes/colour",
+        "templates": shapes.PROMPTS["colour"],
     }
     found = values(suite.evaluate(None, [given], tmp_path, seed=4, draws=0), "world")
     test, train = (

@@ -265,9 +265,7 @@ def gap_sweep(table: pd.DataFrame, **options: Any) -> Figure:
     """
     swept = table["measure"].str.extract(r"^gap_sweep_(?P<name>.+)@(?P<share>.+)").dropna().join(table)
     swept["share of the gap closed"] = swept["share"].astype(float)
-    panels = {
-        name: rows.pivot(index="share of the gap closed", columns="dataset", values="value") for name, rows in swept.groupby("name")
-    }
+    panels = {name: rows.pivot_table("value", "share of the gap closed", "dataset") for name, rows in swept.groupby("name")}
     return curves(panels, marks=[0], **options)
 
 

@@ -48,7 +48,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
     Source: ProtoCLIP (arXiv 2206.10996): RoBERTa-large, PCA to 64.
     """
     index, distinct = pd.factorize(np.array(captions, object))
-    return _reduce(np.concatenate([*_embed(False, distinct, model, **options)]), index, dim)[0]
+    return _reduce(np.concatenate([*_embed(False, distinct, model, **options)]), index, dim)
 
 
 def teach(
@@ -90,12 +90,12 @@ def teach(
             raw.write(block.tobytes())
         done += len(block)
         write_json(state_path, done)
-    features, share = _reduce(np.memmap(raw_path, np.float32, "r").reshape(len(items), -1), index, dim)
+    features = _reduce(np.memmap(raw_path, np.float32, "r").reshape(len(items), -1), index, dim)
     for old in ("teacher.json", "teacher.npy"):
         (output / old).unlink(missing_ok=True)  # not written over: a training may have it mapped
     with writing(output / "teacher.npy"):
         np.save(output / "teacher.npy", features)
-    write_json(output / "teacher.json", {**about, "rows": len(features), "dimension": features.shape[1], "explained_variance": share})
+    write_json(output / "teacher.json", {**about, "rows": len(features), "dimension": features.shape[1]})
     state_path.unlink()
     raw_path.unlink()
     return output / "teacher.npy", pairs
@@ -173,15 +173,13 @@ def _image_tower(model: str, batch_size: int) -> tuple[Callable[[list], Any], in
     return lambda images: forward(torch.stack([transform(image) for image in images]).to(device)), batch_size
 
 
-def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> tuple[np.ndarray, float]:
-    """PCA of ``raw[index]`` in float64, without ever holding that: (features (N, dim) float32, share of variance)."""
+def _reduce(raw: np.ndarray, index: np.ndarray, dim: int | None) -> np.ndarray:
+    """PCA of ``raw[index]`` in float64, without ever holding that: (N, dim) float32."""
     if dim is None:
-        return raw[index], 1.0
+        return raw[index]
     require(1 <= dim <= min(len(index), raw.shape[1]), f"PCA to {dim} from {len(index)} rows of width {raw.shape[1]}: lower dim")
     blocks = [index[start : start + _BLOCK] for start in range(0, len(index), _BLOCK)]
     mean = sum(raw[b].sum(axis=0, dtype=np.float64) for b in blocks) / len(index)
     scatter = sum((raw[b] - mean).T @ (raw[b] - mean) for b in blocks)
-    variances, vectors = np.linalg.eigh(scatter)
-    components = vectors[:, ::-1][:, :dim]
-    share = variances[-dim:].sum() / variances.sum() if scatter.any() else 1.0
-    return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks]), float(share)
+    components = np.linalg.eigh(scatter)[1][:, ::-1][:, :dim]
+    return np.concatenate([((raw[b] - mean) @ components).astype(np.float32) for b in blocks])

@@ -52,7 +52,7 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
     on a CPU at the same thread count); one that is finished is returned as it is.
 
     Args:
-        after_row: called with the run after each row of its metrics, to show how it goes.
+        after_row: called with the run after each row of its metrics, to show how it goes; with ``processes``, each second.
 
     Raises:
         ValueError: the run folder holds a run with other settings, or data, teachers and settings do not fit.
@@ -81,7 +81,7 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
 
 def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> Run:
     """Train in ``config.processes`` processes of this machine; the first that fails takes the others down."""
-    run, seen = Run.create(config), {}
+    run = Run.create(config)
     if run.finished:
         return run
     pairs_of(run)
@@ -89,10 +89,8 @@ def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> R
     with tqdm(total=config.episodes, desc=f"{run.path.name}, {config.processes} processes", unit="episode") as bar:
         try:
             while not started.join(timeout=1):
-                if (row := run.last_row()) != seen:
-                    seen = row
+                if row := run.last_row():
                     bar.update(row["episode"] - (row["kind"] == "step") - bar.n)
-                    bar.set_postfix_str(f"step {row['step']}")
                     if after_row:
                         after_row(run)
         except BaseException:

@@ -199,11 +199,10 @@ def test_pca_equals_scikit_learn_up_to_sign_in_blocks(dim, monkeypatch):
     rng = np.random.default_rng(dim)
     raw = (rng.normal(size=(50, 12)) @ rng.normal(size=(12, 12)) + 100).astype(np.float32)
     index = rng.integers(0, 50, 83)
-    found, share = teachers._reduce(raw, index, dim)
+    found = teachers._reduce(raw, index, dim)
     reference = PCA(dim, svd_solver="full")
     expected = reference.fit_transform(raw[index].astype(np.float64))
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
-    assert share == pytest.approx(reference.explained_variance_ratio_.sum(), abs=1e-9)
 
 
 def test_captions_that_are_all_the_same_reduce_to_zeros(bert):
@@ -291,8 +290,6 @@ def test_built_text_features_are_those_of_extract_with_their_provenance(bert, tm
     assert not features.flags.writeable
     np.testing.assert_allclose(features, extract(table.captions, bert, dim=6), atol=1e-6)
     about = json.loads(out.with_suffix(".json").read_text())
-    share = about.pop("explained_variance")
-    assert 0.3 < share < 1
     assert about == {
         "model": bert,
         "pooling": "mean",

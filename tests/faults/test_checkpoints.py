@@ -57,8 +57,8 @@ def test_of_two_trainings_of_one_run_the_second_is_refused_and_the_first_ends_as
     permits = multiprocessing.get_context("forkserver").Semaphore(0)
     first = SERVER.Process(target=train_in_steps, args=(config, permits))
     first.start()
-    permits.release()
-    while first.is_alive() and not list((tmp_path / "run" / "checkpoints").glob("episode_*")):
+    # Written under the lock, before the first episode.
+    while first.is_alive() and not (tmp_path / "run" / "bad_rows.jsonl").exists():
         pass
     lock = tmp_path / "run" / "only_one_process_trains.lock"
     with pytest.raises(Timeout, match=str(lock)):

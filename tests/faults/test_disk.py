@@ -6,14 +6,13 @@ memory-mapped file is written without an error until SIGBUS.
 """
 
 import json
-import os
 import subprocess
 
 import numpy as np
 import pytest
 import yaml
 
-from faults.children import assert_same, command, together
+from faults.children import ALL, assert_same, command, together
 from protoclip_lab import teachers
 from protoclip_lab.data.pairs import prepare
 from protoclip_lab.runs import Run, damaged_files
@@ -33,7 +32,7 @@ def refused(status, said, path):
     assert last.startswith("error: ") and "make room, then do it again" in last and str(path) in last, last
 
 
-@pytest.mark.parametrize("what", FULL if os.environ.get("ALL_FAULTS") else ["weights", "metrics"])
+@pytest.mark.parametrize("what", FULL if ALL else ["weights", "metrics"])
 def test_a_training_stops_and_goes_on_once_there_is_room(what, settings, unbroken, tmp_path):
     config, run = settings(tmp_path / "run"), tmp_path / "run"
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
@@ -119,6 +118,7 @@ def test_teacher_features(room, table, tmp_path, small_disk, monkeypatch):
     assert sorted(path.name for path in disk.iterdir()) == ["teacher.json", "teacher.npy"]
 
 
+@pytest.mark.skipif(not ALL, reason="make faults: six seconds")
 def test_a_training_on_a_real_disk(settings, unbroken, tmp_path, small_disk):
     disk = small_disk(150_000)
     run = disk / "run"

@@ -1,12 +1,11 @@
 """Numbers that are none stop a run where its last good checkpoint is usable; features that are all the same do not."""
 
 import math
-import os
 
 import pytest
 import torch
 
-from faults.children import assert_same
+from faults.children import ALL, assert_same
 from protoclip_lab import encoders, training
 from protoclip_lab.runs import Run, damaged_files
 from protoclip_lab.training import train
@@ -69,7 +68,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("where", FAULTS if os.environ.get("ALL_FAULTS") else ["features", "gradient"])
+@pytest.mark.parametrize("where", FAULTS if ALL else ["features", "gradient"])
 def test_a_nan_stops_the_run_and_the_last_good_checkpoint_goes_on(where, settings, unbroken, tmp_path, monkeypatch):
     taint, error, message = FAULTS[where]
     config = settings(tmp_path / "run")

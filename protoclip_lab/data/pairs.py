@@ -89,7 +89,8 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
     """
     name, (tar, offset, size) = image
     try:
-        require(size >= 0 or Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root)), "it lies outside image_root")
+        inside = size >= 0 or Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root))
+        require(inside, "it lies outside image_root (which may be /)")
         # Opened for each image: a descriptor kept open could not be shared with worker processes.
         with open(root / (name if size < 0 else tar), "rb") as file:
             file.seek(offset)

@@ -273,7 +273,8 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         All evaluations of the run: at the start, and whenever there are new ones.
     """
     run, seen, finished = Run(run), set(), False
-    wanted = {chosen.name for chosen in _chosen(run, **options)}
+    asked = set(options.get("measures") or MEASURES)
+    wanted = {chosen.name for chosen in _chosen(run, **options) if asked & set(chosen.measures or MEASURES)}
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there

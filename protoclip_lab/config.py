@@ -122,7 +122,6 @@ class TrainConfig(Settings):
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
     extraction_precision: Literal["as_trained", "bf16"] = Field("as_trained", description="autocast of the extraction")
-    cluster_every: int = Field(1, ge=1, description="episodes between clusterings; between them labels are on the fly")
 
     # --- optimisation
     batch_size: int = Field(64, ge=2, description="pairs in a forward pass, of all processes together")
@@ -157,7 +156,6 @@ class TrainConfig(Settings):
         for k in self.teacher_ks().values():
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
-        require(self.visits == 1 or self.cluster_every == 1, "visits above 1 need cluster_every = 1: clusters of their own")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")

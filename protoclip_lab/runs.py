@@ -68,8 +68,7 @@ class Run:
         try:
             return TrainConfig(**json.loads((self.path / "config.json").read_text("utf-8")))
         except ValueError as error:
-            found = f"{self.path.absolute() / 'config.json'} is damaged or of another version: {error}"
-            raise ValueError(f"{found}. Mend it, or choose another run folder") from error
+            raise ValueError(f"{self.path / 'config.json'} is damaged or another version's: {error}. Take another folder") from error
 
     @property
     def finished(self) -> bool:

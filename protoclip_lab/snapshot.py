@@ -282,19 +282,6 @@ def typical_words(captions: Sequence[str], labels: Sequence[int], k: int, words:
     return typical.groupby("group")["word"].agg(" ".join).reindex(range(k), fill_value="").tolist()
 
 
-def history(snapshot: Snapshot) -> pd.DataFrame:
-    """Gap and grouping of the same sample through training.
-
-    Returns:
-        A row for each of :attr:`Snapshot.through`: by episode the gap, and the agreement (AMI) of image prototypes with each
-        other grouping, "and NAME".
-    """
-    rows = {}
-    for name, then in snapshot.through.items():
-        rows[int(name.split()[1])] = {"gap": then.gap["gap"], **then.agreement["image"].drop("image").add_prefix("and ")}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("episode")
-
-
 def _encode(checkpoint: Path, pairs: Pairs, rows: np.ndarray) -> encoders.Outputs:
     return encoders.encode_pairs(encoders.load(checkpoint).to(encoders.best_device()), pairs, rows)
 

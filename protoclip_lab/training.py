@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
-from protoclip_lab.config import TrainConfig, require
+from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.data.batches import Augmentation, Batches, Episodes, Reader
 from protoclip_lab.data.pairs import BAD_ROWS
 from protoclip_lab.evaluation import suite
@@ -67,9 +67,8 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     state.AcceleratorState._reset_state(reset_partial_state=True)
     # Processes wait for the first while it clusters, evaluates and saves; that one has died is seen by who started them.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))
-    options = {"mixed_precision": config.precision.replace("fp32", "no"), "cpu": config.device == "cpu"}
-    accelerator = Accelerator(**options, kwargs_handlers=[patience])
+    wait, precision = InitProcessGroupKwargs(timeout=timedelta(hours=3)), config.precision.replace("fp32", "no")
+    accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu", kwargs_handlers=[wait])
     with accelerator.main_process_first():
         run = Run.create(config) if accelerator.is_main_process else Run(config.run)
     if not run.finished:
@@ -150,8 +149,7 @@ class _Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = accelerator.device
-        there = config.device in ("auto", self.device.type)
-        require(there, f"device = {config.device!r} is not there; the nearest valid value is {self.device.type!r}")
+        require_known(config.device, ("auto", self.device.type), f"device = {config.device!r} is not there")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
         batch, rest = config.batch_size, config.batch_size % self.processes
         require(not rest, f"batch_size = {batch} in {self.processes} parts: the nearest valid value is {batch - rest}")
@@ -199,7 +197,7 @@ class _Trainer:
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         transforms = {"train": self.crop, "eval": model.eval_transform}
         extracted = self.teachers and not self.buffer and config.extraction_transform == "train"
-        again = {"visits": config.visits, "cache_mib": 512 if extracted or config.visits > 1 else 0}  # the same images, read alike
+        again = {"visits": config.visits, "cache": 512 if extracted or config.visits > 1 else 0}  # the same images, read alike
         batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, **again)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
@@ -270,19 +268,18 @@ class _Trainer:
         self.outside = {name: torch.as_tensor(table[self.ids], **own) for name, table in self.external.items()}
         if episode >= (config.lit_start_episode or math.inf):
             self.bare.clip.visual.requires_grad_(False)
-        teaching, fresh = self._teaching(episode)
+        teaching = self._teaching(episode)
         # Not where rolling prototypes are there, or this episode was interrupted after its own were made.
-        if teaching and not (self.records and (self.buffer or not fresh)) and not self.step % self.steps:
+        if teaching and not (self.records and self.buffer) and not self.step % self.steps:
             with self._timed("extract"):
                 features = self._extract(episode)
             with self._timed("cluster"):
                 self._construct(features)
         # Those made of other pairs find labels on the fly.
-        carried = not self.visit if self.buffer else not fresh
-        self.records = [replace(record, carried=carried) for record in self.records]
+        self.records = [replace(record, carried=bool(self.buffer) and not self.visit) for record in self.records]
         with self._timed("learn"):
             self._learn(episode, teaching)
-        if self.buffer and all(self._teaching(episode + 1)):
+        if self.buffer and self._teaching(episode + 1):
             with self._timed("cluster"):
                 self._construct(self.buffer | {name: found[self.places.argsort()] for name, found in self.outside.items()})
         if self.main and config.evaluate_every and episode % config.evaluate_every == 0:
@@ -303,11 +300,9 @@ class _Trainer:
         if episode % config.save_every == 0 or episode == config.episodes:
             self._save(checkpoint_name(episode))
 
-    def _teaching(self, episode: int) -> tuple[bool, bool]:
-        """Whether prototypes teach in an episode, and whether they are new ones."""
-        since = episode - self.config.infonce_warmup_episodes - 1
-        teaching = self.teachers and since >= 0 and episode < (self.config.lit_start_episode or math.inf)
-        return bool(teaching), since % self.config.cluster_every == 0
+    def _teaching(self, episode: int) -> bool:
+        """Whether prototypes teach in an episode."""
+        return bool(self.teachers) and self.config.infonce_warmup_episodes < episode < (self.config.lit_start_episode or math.inf)
 
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:

@@ -33,8 +33,8 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
-    # BatchNorm in towers and heads, two granularities, prototypes carried over an episode: all state there is.
-    return {"model": "RN-mini", "episodes": 4, "k": [4, 6], "cluster_every": 2}
+    # BatchNorm in towers and heads, two granularities: all state there is.
+    return {"model": "RN-mini", "episodes": 4, "k": [4, 6]}
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_killed_twice_is_bit_identical(table, settings, unbroken, tmp_path):
         ("extraction", 3 + 2, "episode_0001", 0),  # before a batch of the first extraction: the episode before is all there is
         ("clustering", 3, "episode_0001_step_000001", 1),  # clustering and the first step of the episode end first
         ("learning", 5, "episode_0001_step_000002", 1),
-        ("learning", 9, "episode_0003", 0),  # the last step of an episode of carried prototypes: the next one's extraction
-        ("learning", 8, "episode_0002_step_000002", 1),  # in an episode of carried prototypes
+        ("learning", 9, "episode_0003", 0),  # the last step of an episode: the next one's extraction
+        ("learning", 8, "episode_0002_step_000002", 1),  # in the middle of an episode
     ],
 )
 def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, workers, table, settings, unbroken, tmp_path):
@@ -116,7 +116,7 @@ def test_interrupted_and_taken_up_again_is_bit_identical(where, call, left, work
 @pytest.fixture(scope="module")
 def rolling(table, settings, tmp_path_factory):
     """Settings of rolling prototypes with two visits to the same pairs, and such a run."""
-    own = settings | {"prototypes": "rolling", "visits": 2, "cluster_every": 1, "kmeans_warm_start": True, "log_every": 2}
+    own = settings | {"prototypes": "rolling", "visits": 2, "kmeans_warm_start": True, "log_every": 2}
     run = tmp_path_factory.mktemp("rolling") / "run"
     assert in_process(run_training, toy_settings(table, run, **own)) == 0
     return own, Run(run)

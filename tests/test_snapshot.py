@@ -15,7 +15,7 @@ from helpers import toy_settings, toy_table
 from sklearn.metrics import adjusted_mutual_info_score
 
 from protoclip_lab import losses, plots, snapshot, teachers, training
-from protoclip_lab.snapshot import history, open_snapshot, typical_words
+from protoclip_lab.snapshot import open_snapshot, typical_words
 
 LABELS = ["shape", "colour"]
 
@@ -186,11 +186,11 @@ def test_a_missing_label_is_a_label_of_its_own(seen, monkeypatch):
     assert set(seen.colourings()["disagreement with colour"]) <= {"agrees", "disagrees"}
 
 
-def test_a_run_interrupted_in_its_first_episode_has_a_history(seen):
+def test_a_run_interrupted_in_its_first_episode_has_one_moment(seen):
     assert seen.records  # read before the folder has its other name
     seen.checkpoint = seen.checkpoint.with_name("episode_0000_step_000010")
     seen.run = SimpleNamespace(checkpoints=lambda: [seen.checkpoint], config=seen.run.config)
-    assert history(seen).index.tolist() == [0]
+    assert [*seen.through] == ["episode 0 step 10"]
 
 
 @pytest.mark.parametrize("teacher, temperature", [("text", 0.01), ("factors", 0.5), ("factors", -1.0)])
@@ -254,9 +254,6 @@ def test_through_training_are_the_same_rows_at_evenly_chosen_checkpoints(seen, m
     torch.testing.assert_close(seen.through["episode 1"].features.image, first.features.image)
     monkeypatch.setattr(snapshot, "MOMENTS", 2)
     assert [*replace(seen).through] == ["episode 1", "episode 3"]
-    table = history(seen)
-    assert table.index.tolist() == [1, 2, 3]
-    assert table["gap"].iloc[0] == pytest.approx(first.gap["gap"])
 
 
 def test_maps_through_training_resemble_each_the_next_and_the_last_is_the_usual_one(seen, monkeypatch):
@@ -289,13 +286,3 @@ def test_plain_clip_has_k_means_clusters_and_no_soft_targets(folder):
     for figure in (seen.sheet(), plots.heat_map(seen.overlap), *seen.cluster_maps().values()):
         assert figure._repr_png_().startswith(b"\x89PNG")
     assert "k-means" in seen.cluster_maps()["prototypes"].axes[0].get_title()
-
-
-def test_history_tells_gap_and_agreement_at_each_moment(seen):
-    table = history(seen)
-    assert {*table} == {"gap", "and text", "and factors", "and shape", "and colour"}
-    # In the warm-up nobody has taught yet.
-    assert table["and factors"].isna().tolist() == [True, False, False]
-    for (_, row), then in zip(table.iterrows(), seen.through.values(), strict=True):
-        assert row["gap"] == then.gap["gap"]
-        assert row["and shape"] == pytest.approx(adjusted_mutual_info_score(then.prototypes()[0], then.label("shape")))

@@ -86,13 +86,12 @@ def watched(monkeypatch):
     return steps, made
 
 
-@pytest.mark.parametrize("every, moments", [(1, [3, 6, 9, 12]), (2, [3, 9])])
-def test_rolling_prototypes_come_from_the_features_of_the_last_episodes_steps(run, teacher, watched, monkeypatch, every, moments):
+def test_rolling_prototypes_come_from_the_features_of_the_last_episodes_steps(run, teacher, watched, monkeypatch):
     steps, made = watched
     monkeypatch.setattr(training._Trainer, "_extract", lambda *a: pytest.fail("extracted"))
-    found = run(prototypes="rolling", cluster_every=every, teachers=[teacher], k=[4, 6], episodes=4)
+    found = run(prototypes="rolling", teachers=[teacher], k=[4, 6], episodes=4)
     stored = torch.from_numpy(training.teachers.load("", None))
-    assert [step for step, _ in made] == moments
+    assert [step for step, _ in made] == [3, 6, 9, 12]
     for step, features in made:
         image, text, rows = (torch.cat(parts) for parts in zip(*steps[step - 3 : step], strict=True))
         assert torch.equal(features["image"], image) and torch.equal(features["text"], text)
@@ -142,11 +141,6 @@ def test_a_later_visit_learns_the_same_pairs_by_the_labels_of_their_own_clusters
         label_of_row = dict(zip(clustered.tolist(), record.labels.tolist(), strict=True))
         for (_, _, learnt), (_, labels) in zip(steps[first : first + 3], asked[first - 3 : first], strict=True):
             assert labels.tolist() == [label_of_row[row] for row in learnt.tolist()]
-
-
-def test_visits_to_clusters_of_other_pairs_are_refused(run):
-    with pytest.raises(ValueError, match="visits above 1 need cluster_every = 1"):
-        run(prototypes="rolling", visits=2, cluster_every=2)
 
 
 def test_a_later_visit_of_the_faithful_form_clusters_the_whole_episode_again(run, watched):
@@ -355,7 +349,6 @@ def test_infinite_gradient_stops_too(run, monkeypatch):
     [
         {"alignment": "siglip"},
         {"k": [4, 8]},
-        {"cluster_every": 2},
         {"mask_empty": False},
         {"back_translation": False},
         {"extraction_transform": "eval"},

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from protoclip_lab.config import require
 from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.randomness import derive, numpy_generator, torch_generator
 
@@ -37,8 +38,7 @@ class Episodes:
 
     def __init__(self, rows: int, size: int | None, seed: int) -> None:
         size = rows if size is None else size
-        if not 1 <= size <= rows:
-            raise ValueError(f"episode_size = {size} does not fit a table of {rows} usable pairs: take at most {rows}, or None for all")
+        require(1 <= size <= rows, f"episode_size = {size} does not fit a table of {rows} usable pairs: take at most {rows}, or None")
         self.rows, self.size, self.seed = rows, size, seed
 
     def ids(self, episode: int) -> np.ndarray:
@@ -138,14 +138,12 @@ class Batches(Dataset):
         tokenizer: captions -> tokens.
         seed: of the run.
         visits: episodes in a row that are of the same pairs.
-        cache_mib: of decoded images, which each process remembers until other pairs come, for a second pass over these.
+        cache: MiB of decoded images, which each process remembers until other pairs come, for a second pass over these.
     """
 
-    def __init__(
-        self, pairs: Pairs, transforms: dict[str, Callable], tokenizer: Callable, seed: int, *, visits: int = 1, cache_mib: int = 0
-    ) -> None:
+    def __init__(self, pairs: Pairs, transforms: dict, tokenizer: Callable, seed: int, visits: int = 1, cache: int = 0) -> None:
         self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
-        self.cache, self.visits, self.drawn = cache_mib * 2**20, visits, None
+        self.cache, self.visits, self.drawn = cache * 2**20, visits, None
 
     def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         name, purpose, episode, rows = wanted

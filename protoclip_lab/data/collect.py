@@ -41,6 +41,5 @@ def collect(urls: str | Path, out: str | Path, **options: Any) -> pd.Series:
     common = {"input_format": "parquet", "url_col": "url", "caption_col": "caption", "output_format": "webdataset", "retries": 2}
     download(str(out / "urls.parquet"), output_folder=str(out / "shards"), **common | options)
     rows = pd.concat([pd.read_parquet(part) for part in sorted((out / "shards").glob("*.parquet"))])
-    failed = rows[rows["status"] != "success"]
-    failed[["url", "caption", "error_message"]].to_csv(out / "failed.tsv", sep="\t", index=False)
+    rows.loc[rows["status"] != "success", ["url", "caption", "error_message"]].to_csv(out / "failed.tsv", sep="\t", index=False)
     return rows["error_message"].fillna("success").value_counts()

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from protoclip_lab.config import require, require_known
 from protoclip_lab.storage import write_json, write_text
 
 BAD_ROWS = "bad_rows.jsonl"
+TEXTS = ("txt", "json")  # of a shard's sample
 NO_PLACE = ("", 0, -1)  # tar below the root, offset and size, of an image that is a file of its own
 
 
@@ -174,22 +176,18 @@ def read_shards(folder: Path) -> tuple[pa.Table, list, dict[str, tuple[str, int,
             key = re.sub(r"\.[^/]*$", "", name)
             samples[key][name.removeprefix(f"{key}.")] = place
         rows = []
-        with shard.open("rb") as file:
-            for key, parts in samples.items():
-                number, texts = number + 1, {}
-                for kind in ("txt", "json"):
-                    _, offset, size = parts.get(kind, ("", 0, 0))
-                    file.seek(offset)
-                    texts[kind] = file.read(size).decode("utf-8", "replace")
+        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            for number, (key, parts) in enumerate(samples.items(), number + 1):  # noqa: B020
+                texts = {kind: whole[at : at + size].decode(errors="replace") for kind, (_, at, size) in parts.items() if kind in TEXTS}
                 kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
                 path = f"{shard.name}/{key}.{kind}"
                 try:
-                    fields = {name: str(value) for name, value in json.loads(texts["json"] or "{}").items()}
+                    fields = {name: str(value) for name, value in json.loads(texts.get("json", "{}")).items()}
                 except (ValueError, AttributeError) as error:
                     bad.append((number, path, f"unreadable .json: {error}"))
                     continue
                 places |= {path: parts[kind]} if kind else {}
-                rows.append({**fields, "filepath": path, "title": texts["txt"], "_row": number})
+                rows.append({**fields, "filepath": path, "title": texts.get("txt", ""), "_row": number})
         tables.append(pa.Table.from_pylist(rows))
     return pa.concat_tables(tables, promote_options="default"), bad, places
 
@@ -231,8 +229,7 @@ def prepare(
     shards = any(table.glob("*.tar"))
     root = Path(table if shards else image_root or table.parent).absolute()
     if not shards and (table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file()):
-        kinds = "a table (.tsv, .csv, .parquet) nor a folder of shards (.tar) nor what 01_prepare_data has finished"
-        raise FileNotFoundError(f"{table.absolute()} is neither {kinds}")
+        raise FileNotFoundError(f"{table.absolute()} is no table (.tsv, .csv, .parquet), folder of .tar shards or of 01_prepare_data")
     if not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
     about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root)]}

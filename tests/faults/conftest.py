@@ -6,7 +6,7 @@ from helpers import toy_settings, toy_table
 from faults.children import together
 
 # All state there is: BatchNorm in towers and heads, two granularities, prototypes carried over an episode.
-STATE = {"model": "RN-mini", "episodes": 3, "k": [4, 6], "cluster_every": 2, "infonce_warmup_episodes": 0}
+STATE = {"model": "RN-mini", "episodes": 3, "k": [4, 6], "infonce_warmup_episodes": 0}
 
 
 @pytest.fixture(scope="session")

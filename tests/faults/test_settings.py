@@ -32,7 +32,6 @@ TOGETHER = [
     {"k": 65, "episode_size": 64},
     {"k": []},
     {"k": [5, -1]},
-    {"visits": 2, "cluster_every": 2},
     {"betas": [0.9]},
     {"betas": [0.9, 0.99, 0.999]},
     {"lit_start_episode": 1},

@@ -232,7 +232,7 @@ def test_what_is_kept_changes_nothing_but_the_decoding(batches, monkeypatch, cac
     monkeypatch.setattr(
         Pairs, "image", lambda self, row, at_least=0, image=Pairs.image: decoded.append(row) or image(self, row, at_least)
     )
-    kept = Batches(batches.pairs, batches.transforms, batches.tokenizer, 0, cache_mib=cache_mib)
+    kept = Batches(batches.pairs, batches.transforms, batches.tokenizer, 0, cache=cache_mib)
     rows, count = [np.arange(10), np.arange(10, 14)], {}
     for purpose, episode in (("extract", 1), ("learn", 1), ("learn", 2)):
         for part in rows:
@@ -253,7 +253,7 @@ def test_a_second_pass_finds_its_images_in_the_process_that_decoded_them(batches
         return batches.pairs.image(row, at_least)
 
     counted = SimpleNamespace(image=image, caption=batches.pairs.caption)
-    reader = Reader(Batches(counted, batches.transforms, batches.tokenizer, 0, cache_mib=512), workers=workers)
+    reader = Reader(Batches(counted, batches.transforms, batches.tokenizer, 0, cache=512), workers=workers)
     rows = np.split(np.arange(20), [4, 8, 12, 16])
     for purpose, part in (("extract", rows), ("learn", rows[:4])):
         assert len(list(reader.read(part, transform="train", purpose=purpose, episode=1))) == len(part)
@@ -267,7 +267,7 @@ def test_without_keep_no_image_is_kept(batches):
 
 def test_two_transforms_never_share_a_kept_image(batches):
     """The training transform may take a reduced picture, which the evaluation's must not see."""
-    kept = Batches(batches.pairs, batches.transforms, batches.tokenizer, 0, cache_mib=512)
+    kept = Batches(batches.pairs, batches.transforms, batches.tokenizer, 0, cache=512)
     kept["train", "learn", 1, np.arange(4)]
     assert torch.equal(kept["eval", "learn", 1, np.arange(4)][0], batches["eval", "learn", 1, np.arange(4)][0])
 

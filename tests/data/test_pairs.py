@@ -256,7 +256,7 @@ def test_an_image_that_vanishes_later_is_named_with_its_row(folder):
 def test_neither_table_nor_prepared_folder(tmp_path):
     (tmp_path / "table.pdf").touch()
     for name in ("nothing.tsv", "table.pdf", "."):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path / name} is neither a table"):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path / name} is no table"):
             prepare(tmp_path / name, tmp_path / "out")
 
 

@@ -67,8 +67,9 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     state.AcceleratorState._reset_state(reset_partial_state=True)
     # Processes wait for the first while it clusters, evaluates and saves; that one has died is seen by who started them.
-    wait, precision = InitProcessGroupKwargs(timeout=timedelta(hours=3)), config.precision.replace("fp32", "no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.device == "cpu", kwargs_handlers=[wait])
+    # On a CPU accelerate has to be told, or it leaves each process for itself.
+    wait, cpu = InitProcessGroupKwargs(timeout=timedelta(hours=3)), config.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.precision.replace("fp32", "no"), cpu=cpu, kwargs_handlers=[wait])
     with accelerator.main_process_first():
         run = Run.create(config) if accelerator.is_main_process else Run(config.run)
     if not run.finished:

@@ -133,6 +133,7 @@ def script(tmp_path):
 
 def test_the_command_line_starts_processes_and_an_interrupt_reaches_them(table, tmp_path, script):
     settings = toy_settings(table, tmp_path / "run", **PLAIN, processes=2, episodes=200, save_every=100)
+    settings["device"] = "cpu" if torch.cuda.is_available() else "auto"
     started = script(settings)
     run = tmp_path / "run"
     while started.poll() is None and not ((run / "config.json").exists() and Run(run).last_row()):

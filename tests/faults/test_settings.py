@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import protoclip_lab
 from protoclip_lab import __main__, batch
-from protoclip_lab.config import TrainConfig, notebook_settings
+from protoclip_lab.config import TrainConfig, call
 
 FIELDS = TrainConfig.model_fields
 # The same ones each time.
@@ -134,7 +134,7 @@ def test_a_bad_setting_reaches_no_training(bad, folder):
         ):
             __main__.main()
     with pytest.raises(ValueError, match=named):
-        TrainConfig(**notebook_settings(dict(bad)))
+        call(TrainConfig, dict(bad))
     assert not reached and not (folder / "report").exists()
 
 
@@ -161,7 +161,7 @@ LATER = [
     ({"betas": [2.0, 0.9]}, "beta"),
     ({"model": "ViT-minii"}, "'ViT-minii' is not known to open_clip; the nearest valid name is 'ViT-mini'"),
     ({"pretrained": "nowhere.pt"}, "'nowhere.pt' is no file"),
-    ({"table": "nowhere.tsv"}, "nowhere.tsv is neither a table"),
+    ({"table": "nowhere.tsv"}, "nowhere.tsv is no table"),
     ({"image_root": "/nowhere"}, "there is no image_root /nowhere: name the folder"),
     ({"image_column": "filepaht"}, "no column 'filepaht'; the nearest valid name is 'filepath'"),
     ({"where": {"splt": "train"}}, "no column 'splt'; the nearest valid name is 'split'"),

@@ -164,10 +164,11 @@ def _assign(features: Tensor, centroids: Tensor, *, balanced: bool, shared: bool
     penalty = balance(features, centroids) if balanced else None
     if not shared:
         return nearest(features, centroids, penalty)
-    # Labels are what is passed on, not sums of features: all processes hold all features, and their sums stay the same bits.
+    # Labels are what is passed on, not sums of features: all processes hold all features.
     state, each = PartialState(), -(-len(features) // PartialState().num_processes)
     part = torch.arange(each * state.process_index, each * (state.process_index + 1), device=features.device) % len(features)
-    return utils.gather(nearest(features[part], centroids, penalty))[: len(features)]
+    # In place: GPUs add up in no fixed order, and all have to stop after the same iteration.
+    return utils.gather(nearest(features[part], utils.broadcast(centroids), penalty))[: len(features)]
 
 
 def _torch_kmeans(

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, state, tracking
-from accelerate.utils.other import get_free_port
+from accelerate import Accelerator, InitProcessGroupKwargs, state, tracking, utils
 from filelock import FileLock
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
@@ -84,8 +83,7 @@ def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> R
     run = Run.create(config)
     if run.finished:
         return run
-    pairs_of(run)
-    started = multiprocessing.start_processes(_one_of_many, (config, get_free_port()), config.processes, join=False)
+    started = multiprocessing.start_processes(_one_of_many, (config, utils.other.get_free_port()), config.processes, join=False)
     with tqdm(total=config.episodes, desc=f"{run.path.name}, {config.processes} processes", unit="episode") as bar:
         try:
             while not started.join(timeout=1):
@@ -106,10 +104,9 @@ def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> R
 def _one_of_many(rank: int, config: TrainConfig, port: int) -> None:
     # An interrupt reaches them by the process that started them, once.
     os.setsid()
-    threads = max(1, torch.get_num_threads() // config.processes)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.processes, "LOCAL_WORLD_SIZE": config.processes}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": torch.get_num_threads()}
     os.environ |= {name: str(value) for name, value in place.items()}
     train(config)
 
@@ -152,8 +149,7 @@ class _Trainer:
         self.device = accelerator.device
         require_known(config.device, ("auto", self.device.type), f"device = {config.device!r} is not there")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
-        batch, rest = config.batch_size, config.batch_size % self.processes
-        require(not rest, f"batch_size = {batch} in {self.processes} parts: the nearest valid value is {batch - rest}")
+        require(not config.batch_size % self.processes, f"{self.processes} processes cannot share batch_size = {config.batch_size}")
         with accelerator.main_process_first():
             self.pairs = pairs_of(run)
         if self.main:
@@ -198,7 +194,8 @@ class _Trainer:
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         transforms = {"train": self.crop, "eval": model.eval_transform}
         extracted = self.teachers and not self.buffer and config.extraction_transform == "train"
-        again = {"visits": config.visits, "cache": 512 if extracted or config.visits > 1 else 0}  # the same images, read alike
+        # The same images, read alike; several processes share an episode out anew for learning.
+        again = {"visits": config.visits, "cache": 256 if config.visits > 1 or (extracted and self.processes == 1) else 0}
         batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, **again)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
@@ -231,12 +228,14 @@ class _Trainer:
             except Interrupted:
                 name = checkpoint_name(*divmod(self.step, self.steps))
                 self._flush()
-                if self.step and not (self.run.path / "checkpoints" / name).exists():
+                if self.step:  # there already, at an episode's end: which each process would have to see alike
                     self._save(name)
                 raise
             finally:
                 signal.signal(signal.SIGINT, before)
-                self.accelerator.end_training()
+                # Not end_training: an error is told first, and only then the other processes lose this one.
+                for tracker in trackers:
+                    tracker.finish()
         if self.main:
             write_json(self.run.path / "finished.json", {"episodes": config.episodes, "steps": total})
 
@@ -245,8 +244,7 @@ class _Trainer:
         if self.asked:
             raise KeyboardInterrupt(signum)
         self.asked = self.step + 1
-        if self.processes == 1:
-            self.interrupted = self.asked
+        self.interrupted = self.interrupted or self.asked * (self.processes == 1)
 
     def _begin(self) -> None:
         """What an episode adds up, while none of its steps is done: its row of the metrics, and moments."""
@@ -294,7 +292,7 @@ class _Trainer:
         spread = {"gap": float((mean[0] - mean[1]).norm()), "image_std": float(std[0]), "text_std": float(std[1])}
         spread["time/images_per_second"] = self.steps * self.width / self.row["time/learn"]
         spread["time/share_waiting"] = waited = self.row["time/wait"] / (self.row["time/learn"] + self.row.get("time/extract", 0))
-        if waited > 0.2:
+        if self.main and waited > 0.2:
             self.bar.write(f"{waited:.0%} of episode {episode} was waiting for images: more workers (now {config.workers}) would help")
         self._record({"kind": "episode", "episode": episode, "step": self.step, **self.row, **spread})
         self._begin()
@@ -308,6 +306,7 @@ class _Trainer:
     @torch.no_grad()
     def _extract(self, episode: int) -> dict[str, Tensor]:
         self.model.eval()
+        utils.broadcast([*self.bare.buffers()])  # BatchNorm's statistics, which a resumed run has of the first process alone
         # Each process takes an equal part; some of the first pairs fill up the last, and go again.
         own = np.resize(self.ids, (self.processes, -(-len(self.ids) // self.processes)))[self.rank]
         size = self.config.batch_size // self.processes

@@ -163,7 +163,7 @@ class Batches(Dataset):
     def _image(self, row: int, at_least: int) -> Image.Image:
         if (row, at_least) not in self.images:
             image = self.pairs.image(row, at_least)
-            self.room -= 3 * image.width * image.height
+            self.room -= 4 * image.width * image.height  # as Pillow holds them
             if self.room < 0:
                 return image
             self.images[row, at_least] = image

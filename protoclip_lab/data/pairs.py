@@ -50,7 +50,9 @@ class Pairs(Sequence):
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
         self.root = Path(about["root"])
-        self._table = load_from_disk(str(self.folder / "table")).data.table.combine_chunks()
+        self._whole = load_from_disk(str(self.folder / "table")).data.table
+        # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
+        self._table = self._whole.select(["filepath", "title", "_image", "_tar", "_offset", "_size"]).combine_chunks()
         self.image_ids = self._table["_image"].to_numpy()
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class Pairs(Sequence):
 
     def column(self, name: str) -> list:
         """All values of a column; ValueError if there is none of this name."""
-        return _column(self._table, name, self.source).to_pylist()
+        return _column(self._whole, name, self.source).to_pylist()
 
     @property
     def captions(self) -> list[str]:
@@ -143,7 +145,7 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     """
     if path.suffix.lower() == ".parquet":
         table = parquet.read_table(path)
-        columns = {name: table[name].cast(pa.string()) for name in table.column_names}
+        columns = {name: table[name].cast(pa.string()) for name in table.column_names if not pa.types.is_nested(table[name].type)}
         return pa.table(columns | {"_row": np.arange(1, table.num_rows + 1)}), []
     dialect = {"strict": True} if path.suffix.lower() == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(2**31 - 1)  # of the whole process: a caption may have any length
@@ -182,13 +184,14 @@ def read_shards(folder: Path) -> tuple[pa.Table, list, dict[str, tuple[str, int,
                 kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
                 path = f"{shard.name}/{key}.{kind}"
                 try:
-                    fields = {name: str(value) for name, value in json.loads(texts.get("json", "{}")).items()}
+                    fields = {name: "" if value is None else str(value) for name, value in json.loads(texts.get("json", "{}")).items()}
                 except (ValueError, AttributeError) as error:
                     bad.append((number, path, f"unreadable .json: {error}"))
                     continue
                 places |= {path: parts[kind]} if kind else {}
                 rows.append({**fields, "filepath": path, "title": texts.get("txt", ""), "_row": number})
-        tables.append(pa.Table.from_pylist(rows))
+        names = dict.fromkeys(name for row in rows for name in row)
+        tables.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
     return pa.concat_tables(tables, promote_options="default"), bad, places
 
 

@@ -240,9 +240,9 @@ def test_what_is_kept_changes_nothing_but_the_decoding(batches, monkeypatch, cac
             found = kept["train", purpose, episode, part]
             count[purpose, episode] = count.get((purpose, episode), 0) + len(decoded) - before
             assert all(map(torch.equal, found, batches["train", purpose, episode, part]))
-        assert sum(3 * image.width * image.height for image in kept.images.values()) <= cache_mib * 2**20
+        assert sum(4 * image.width * image.height for image in kept.images.values()) <= cache_mib * 2**20
     # 3 kB an image: six of them fit into 0.02 MiB.
-    assert count == {("extract", 1): 14, ("learn", 1): {512: 0, 0.02: 8, 0: 14}[cache_mib], ("learn", 2): 14}
+    assert count == {("extract", 1): 14, ("learn", 1): {512: 0, 0.02: 9, 0: 14}[cache_mib], ("learn", 2): 14}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -91,8 +91,8 @@ def test_a_config_that_cannot_be_read_names_its_file(content, why, settings, unb
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     for arguments in (("train", tmp_path / "train.yaml"), ("evaluate", tmp_path / "run")):
         status, said = command(*arguments)
-        assert status == 1 and said.startswith(f"error: {file} is damaged or of another version: "), said
-        assert why in said and said.strip().endswith("Mend it, or choose another run folder") and "Traceback" not in said
+        assert status == 1 and said.startswith(f"error: {file} is damaged or another version's: "), said
+        assert why in said and said.strip().endswith("Take another folder") and "Traceback" not in said
     assert [p.name for p in Run(tmp_path / "run").checkpoints()] == ["episode_0001", "episode_0002", "episode_0003"]
 
 

@@ -65,8 +65,8 @@ def _teach(folder: Path, found: dict[str, float]) -> None:
     def embed(visual: bool, items: Any, model: str, start: int = 0, **options: Any) -> Any:
         """The width and number of MiniLM's embeddings, without its towers, which take days here."""
         rng = np.random.default_rng(0)
-        for _ in range(start, len(items), 2048):
-            yield rng.standard_normal((min(2048, len(items) - _), 384), np.float32)
+        for first in range(start, len(items), 2048):
+            yield rng.standard_normal((min(2048, len(items) - first), 384), np.float32)
 
     before = resident()
     with mock.patch.object(teachers, "_embed", embed):

@@ -229,13 +229,13 @@ def prepare(
     if (table / "pairs.json").exists():
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
         return Pairs(table)
-    shards = any(table.glob("*.tar"))
+    shards = sorted(table.glob("*.tar"))
     root = Path(table if shards else image_root or table.parent).absolute()
     if not shards and (table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file()):
         raise FileNotFoundError(f"{table.absolute()} is no table (.tsv, .csv, .parquet), folder of .tar shards or of 01_prepare_data")
     if not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
-    about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root)]}
+    about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root, *shards)]}
     about |= {"columns": [image_column, caption_column], "where": where, "rows": [dataset_size, max_bad_share], "form": 2}
     about = json.loads(json.dumps(about, default=str))  # to compare
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():

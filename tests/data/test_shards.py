@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -86,3 +87,13 @@ def test_a_shard_cut_short_is_named(folder, tmp_path):
     shard.write_bytes(shard.read_bytes()[:700])
     with pytest.raises(ValueError, match=r"00001\.tar is not a whole uncompressed tar"):
         prepare(folder, tmp_path / "out")
+
+
+def test_a_shard_written_anew_in_place_is_indexed_anew(folder, tmp_path):
+    prepare(folder, tmp_path / "out")
+    before = folder.stat()
+    write_shard(folder / "00001.tar", [part for i in (10, 11, 12) for part in sample(i + 20)])
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))  # a folder does not see its files' contents change
+    pairs = prepare(folder, tmp_path / "out")
+    assert pairs.captions[3:] == [f"caption {i}" for i in (30, 31, 32)]
+    np.testing.assert_array_equal(np.asarray(pairs.image(3)), np.asarray(picture(30)))

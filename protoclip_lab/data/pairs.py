@@ -4,16 +4,14 @@ import csv
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import shutil
-import tarfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import require, require_known
+from protoclip_lab.data.shards import NO_PLACE, PLACE, Position, Shards, index_tar, is_sharded
 from protoclip_lab.storage import write_json, write_text
 
 BAD_ROWS = "bad_rows.jsonl"
-TEXTS = ("txt", "json")  # of a shard's sample
-NO_PLACE = ("", 0, -1)  # tar below the root, offset and size, of an image that is a file of its own
 
 
 class Pairs(Sequence):
@@ -49,7 +45,7 @@ class Pairs(Sequence):
         self.folder = Path(folder)
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self.root = Path(about["root"])
+        self.root = self.folder / about["root"]  # which is that root, or the folder itself
         self._whole = load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_tar", "_offset", "_size"]).combine_chunks()
@@ -111,25 +107,6 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
         raise OSError(f"{root / name} is not a readable image: {error}. {remedy}") from error
 
 
-def index_tar(path: str | Path, below: str = "") -> dict[str, tuple[str, int, int]]:
-    """Where each regular member of an uncompressed tar is, by name: one scan, nothing extracted.
-
-    Args:
-        below: the tar's name below the root of the images; empty where the tar is the root.
-
-    Returns:
-        That name, offset and size.
-
-    Raises:
-        ValueError: it is compressed, cut short or no tar.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return {member.name.removeprefix("./"): (below, member.offset_data, member.size) for member in tar if member.isreg()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
-
-
 def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     """A TSV, CSV or Parquet table, all columns as text.
 
@@ -164,37 +141,6 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     return pa.table(columns, schema=pa.schema(dict.fromkeys(header, pa.string()) | {"_row": pa.int64()})), bad
 
 
-def read_shards(folder: Path) -> tuple[pa.Table, list, dict[str, tuple[str, int, int]]]:
-    """The samples of WebDataset shards, as img2dataset writes them: members of one name up to its first dot are one sample.
-
-    Returns:
-        A table of texts: "filepath" (shard, slash, image), "title" from ``.txt``, a column for each field of ``.json``,
-        "_row"; rows whose ``.json`` cannot be read: number, path, reason; and the images' places by path.
-    """
-    tables, bad, places, number = [], [], {}, 0
-    for shard in tqdm(sorted(folder.glob("*.tar")), desc="indexing shards", mininterval=2):
-        samples = defaultdict(dict)
-        for name, place in index_tar(shard, shard.name).items():
-            key = re.sub(r"\.[^/]*$", "", name)
-            samples[key][name.removeprefix(f"{key}.")] = place
-        rows = []
-        with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            for number, (key, parts) in enumerate(samples.items(), number + 1):  # noqa: B020
-                texts = {kind: whole[at : at + size].decode(errors="replace") for kind, (_, at, size) in parts.items() if kind in TEXTS}
-                kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
-                path = f"{shard.name}/{key}.{kind}"
-                try:
-                    fields = {name: "" if value is None else str(value) for name, value in json.loads(texts.get("json", "{}")).items()}
-                except (ValueError, AttributeError) as error:
-                    bad.append((number, path, f"unreadable .json: {error}"))
-                    continue
-                places |= {path: parts[kind]} if kind else {}
-                rows.append({**fields, "filepath": path, "title": texts.get("txt", ""), "_row": number})
-        names = dict.fromkeys(name for row in rows for name in row)
-        tables.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
-    return pa.concat_tables(tables, promote_options="default"), bad, places
-
-
 def prepare(
     table: str | Path,
     out: str | Path,
@@ -212,8 +158,8 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file; a folder of WebDataset shards; or one made by this function (then returned as
-            it is).
+        table: TSV, CSV or Parquet file; a source of :class:`protoclip_lab.data.shards.Shards`, whose images are read
+            where they lie in tars and copied from elsewhere; or a folder made by this function (then returned as it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
@@ -225,59 +171,102 @@ def prepare(
         ValueError: a column or value of ``where`` that is not there, a ``split`` column without ``where``; too many rows
             are bad, or all: the message shows the first.
     """
-    table, out, where = Path(table), Path(out), dict(where or {})
-    if (table / "pairs.json").exists():
+    path, out, where, columns = Path(table), Path(out), dict(where or {}), (image_column, caption_column)
+    if (path / "pairs.json").exists():
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
-        return Pairs(table)
-    shards = sorted(table.glob("*.tar"))
-    root = Path(table if shards else image_root or table.parent).absolute()
-    if not shards and (table.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not table.is_file()):
-        raise FileNotFoundError(f"{table.absolute()} is no table (.tsv, .csv, .parquet), folder of .tar shards or of 01_prepare_data")
-    if not root.exists():
+        return Pairs(path)
+    shards = Shards(str(table), columns, where) if is_sharded(str(table), image_column) else None
+    if not shards and (path.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not path.is_file()):
+        raise FileNotFoundError(f"{path.absolute()} is no table (.tsv, .csv, .parquet), folder of shards or of 01_prepare_data")
+    root = shards.root if shards else Path(image_root or path.parent).absolute()
+    if not (out / root).exists() and not shards:
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
-    about = {"source": str(table), "root": str(root), "changed": [path.stat().st_mtime_ns for path in (table, root, *shards)]}
-    about |= {"columns": [image_column, caption_column], "where": where, "rows": [dataset_size, max_bad_share], "form": 2}
-    about = json.loads(json.dumps(about, default=str))  # to compare
+    changed = [file.stat().st_mtime_ns for file in (shards.files if shards else (path, root))]
+    about = {"source": str(table), "root": str(root), "changed": changed, "columns": columns, "where": where}
+    about = json.loads(json.dumps(about | {"rows": [dataset_size, max_bad_share], "form": 3}, default=str))  # to compare
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
         return made
+    if shards:
+        return hold(out, partial(shards.take, out), about, shards.columns, dataset_size, where=where, max_bad_share=max_bad_share)
 
-    rows, bad, places = read_shards(table) if shards else (*read_table(table), index_tar(root) if root.is_file() else {})
-    splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
-    require(where or not splits, f"{table} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
-    for column, wanted in where.items():
-        values = [str(v) for v in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        there = _column(rows, column, table)
-        rows = rows.filter(pc.is_in(there, pa.array(values)))
-        require(len(rows), f"no row of {table} has {column} = {wanted!r}; values there: {there.unique().to_pylist()[:10]}")
-    total = len(rows) + len(bad)
-    paths, captions = (_column(rows, name, table).fill_null("").to_pylist() for name in (image_column, caption_column))
-    images = {path: places.get(path, NO_PLACE) for path in paths}
-    # Pillow decodes outside the interpreter lock, so threads are enough.
-    faults = dict(zip(images, thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2), strict=True))
-    reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
-    bad = sorted([*bad, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])])
+    rows, unread = read_table(path)
+    there = {name: _column(rows, name, table).unique().to_pylist()[:10] for name in where}
+    rows = _chosen(rows, where, table)
+    require(len(rows) or not where, f"no row of {table} has {where}; values there: {there}")
+    places = index_tar(root) if root.is_file() else {}
+    found = [places.get(name, NO_PLACE) for name in _column(rows, image_column, table).to_pylist()]
+    for index, name in enumerate(PLACE):
+        rows = rows.append_column(name, pa.array([place[index] for place in found]))
+    return hold(out, lambda *_: (rows, unread, (1, 0, 0)), about, columns, dataset_size, where=where, max_bad_share=max_bad_share)
+
+
+def hold(
+    out: Path,
+    take: Callable[[Position, int, int], tuple[pa.Table, list[tuple[int, str, str]], Position]],
+    about: dict[str, Any],
+    columns: Sequence[str],
+    most: int | None,
+    *,
+    start: Position = (0, 0, 0),
+    where: Mapping[str, object] | None = None,
+    max_bad_share: float = 0.05,
+) -> Pairs:
+    """Check the samples from a position of a source on, over one pass at most, and hold the usable ones in Arrow.
+
+    Args:
+        out: folder to write; what is there goes.
+        take: as of :class:`protoclip_lab.data.shards.Shards`, without its folder.
+        about: for ``pairs.json``: "source", "root" of the images and whatever else is to be known; "next" is added, the
+            position after them.
+        columns: of image paths and of captions.
+        most: pairs to hold; None takes all.
+        where, max_bad_share: see :func:`prepare`.
+    """
+    source, root = about["source"], out / about["root"]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in bad)
+    kept, bad, position, limit = [], [], start, start[0] + 1 + any(start[1:])
+    while (missing := (most or 2**62) - sum(map(len, kept))) > 0 and position[0] < limit:
+        rows, unread, position = take(position, missing, limit)
+        rows = _chosen(rows, where or {}, source)
+        paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in columns)
+        images = dict(zip(paths, zip(*(rows[name].to_pylist() for name in PLACE), strict=True), strict=True))
+        # Pillow decodes outside the interpreter lock, so threads are enough.
+        faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2)
+        faults = dict(zip(images, faults, strict=True))
+        reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
+        bad += [*unread, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])]
+        kept.append(rows.filter(pa.array([not reason for reason in reasons], pa.bool_())))
+    rows = pa.concat_tables(kept, promote_options="default")
+    total = len(rows) + len(bad)
+    listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in sorted(bad))
     write_text(out / BAD_ROWS, "".join(listed))
-    said = f"{total - len(bad)} of {total} rows of {table} are usable, for the others see {out / BAD_ROWS}"
-    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in bad[:5])
-    require(len(bad) <= max_bad_share * total and len(bad) < total, f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
+    said = f"{len(rows)} of {total} rows of {source} are usable, for the others see {out / BAD_ROWS}"
+    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5])
+    require(len(bad) <= max_bad_share * total and len(rows), f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
     if bad:
         logging.getLogger(__name__).warning(said)
-    rows = rows.filter(pa.array([not reason for reason in reasons], pa.bool_())).slice(0, dataset_size)
-    paths, captions = (rows[name].to_pylist() for name in (image_column, caption_column))
-    tars, offsets, sizes = zip(*(images[path] for path in paths), strict=True)
+    rows = rows.slice(0, most)
+    paths, captions = (rows[name].to_pylist() for name in columns)
     image_ids = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
-    columns = {"filepath": paths, "title": captions, "_row": rows["_row"], "_image": image_ids}
-    columns |= {"_tar": tars, "_offset": offsets, "_size": sizes}
     # The table's other columns stay beside our own.
-    columns |= {n: rows[n] for n in rows.column_names if n not in (*columns, image_column, caption_column)}
+    own = {"filepath": paths, "title": captions, "_image": image_ids}
+    own |= {name: rows[name] for name in rows.column_names if name not in (*own, *columns)}
     disable_progress_bars()  # of the library's own: one line for a write of seconds
-    Dataset(pa.table(columns)).save_to_disk(str(out / "table"))
+    Dataset(pa.table(own)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
-    write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad)})
+    write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad), "next": position})
     return Pairs(out)
+
+
+def _chosen(rows: pa.Table, where: Mapping[str, object], source: str | Path) -> pa.Table:
+    """The rows that have these values."""
+    splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
+    require(where or not splits, f"{source} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
+    for column, wanted in where.items():
+        values = [str(value) for value in (wanted if isinstance(wanted, list | tuple) else [wanted])]
+        rows = rows.filter(pc.is_in(_column(rows, column, source), pa.array(values)))
+    return rows
 
 
 def _fault(root: Path, image: tuple[str, tuple]) -> str:

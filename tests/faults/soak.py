@@ -19,7 +19,6 @@ import psutil
 import yaml
 
 from protoclip_lab import teachers
-from protoclip_lab.data import shapes
 
 SECONDS = 5
 RECIPE = Path(__file__).parents[2] / "notebooks" / "recipes" / "demo.yaml"

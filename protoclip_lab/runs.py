@@ -156,7 +156,14 @@ def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.Da
 
 
 def pairs_of(run: Run) -> pairs.Pairs:
-    """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already."""
+    """The pairs a run trains on, prepared in its folder (the shapes world: beside it) unless its table is already.
+
+    Where it reads a stream, those of its last episode.
+    """
+    if run.config.stream:
+        held = sorted(run.path.glob("stream/*/pairs.json"))
+        require(held, f"{run.path} holds no pairs of its stream yet: let 03_train fetch an episode first")
+        return pairs.Pairs(held[-1].parent)
     folder = run.path.parent / "shapes" if run.config.table == "shapes" else run.path
     names = {"table", "image_root", "image_column", "caption_column", "where", "dataset_size", "max_bad_share"}
     return shapes.open_pairs(folder, **run.config.model_dump(include=names))

@@ -92,7 +92,7 @@ class Snapshot:
             features = getattr(self.features, f"{of}_projection")
         else:
             stored = dict(zip(self.run.config.teacher_names(), self.run.config.teachers, strict=True))[of]
-            features = torch.from_numpy(teachers.load(stored.features, self.pairs)[self.rows])
+            features = torch.from_numpy(teachers.of(stored, of, self.pairs)[self.rows])
         if record := self._record(of):
             centroids = record.teacher_centroids if record.teacher == of else record.centroids
             # The nearest occupied one: the place of an empty cluster means nothing.

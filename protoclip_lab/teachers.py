@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from protoclip_lab.config import require
+from protoclip_lab.config import TeacherConfig, require
 from protoclip_lab.data import downstream, shapes
+from protoclip_lab.data.pairs import Pairs
 from protoclip_lab.storage import write_json, writing
 
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
@@ -53,7 +54,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
 
 def teach(
     output: str | Path, table: str = "shapes", *, model: str, dim: int | None = 64, pooling: str = "mean", batch_size: int = 128, **data
-) -> tuple[Path, Any]:
+) -> tuple[Path, Pairs]:
     """Write the teacher features of a table to ``output/teacher.npy``, one row per pair, and a JSON that says what they are.
 
     Embeddings of the distinct captions or images go block by block to a file ``teacher.KEY.partial``, the number done to
@@ -101,7 +102,7 @@ def teach(
     return output / "teacher.npy", pairs
 
 
-def load(path: str | Path, pairs: Any) -> np.memmap:
+def load(path: str | Path, pairs: Pairs) -> np.memmap:
     """Stored teacher features of a table, memory-mapped, (N, dim) float32.
 
     Raises:
@@ -122,6 +123,21 @@ def load(path: str | Path, pairs: Any) -> np.memmap:
     if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
         raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")
     return features
+
+
+def of(teacher: TeacherConfig, name: str, pairs: Pairs) -> np.ndarray:
+    """A teacher's features of these pairs, (N, dim) float32: stored, a column of theirs, or made beside them without PCA.
+
+    Raises:
+        ValueError: as :func:`load`; the column's vectors differ in length.
+    """
+    if teacher.features in pairs.columns:
+        return pairs.vectors(teacher.features)
+    path = pairs.folder / name / "teacher.npy" if teacher.model else Path(teacher.features)
+    if teacher.model and not path.with_suffix(".json").exists():
+        # Without PCA, so that the features of all episodes live in one space.
+        teach(path.parent, str(pairs.folder), model=teacher.model, dim=None)
+    return load(path, pairs)
 
 
 def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:

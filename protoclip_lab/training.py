@@ -30,6 +30,7 @@ from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.data.batches import Augmentation, Batches, Episodes, Reader
 from protoclip_lab.data.pairs import BAD_ROWS
+from protoclip_lab.data.stream import Stream
 from protoclip_lab.evaluation import suite
 from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
@@ -150,15 +151,16 @@ class _Trainer:
         require_known(config.device, ("auto", self.device.type), f"device = {config.device!r} is not there")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
         require(not config.batch_size % self.processes, f"{self.processes} processes cannot share batch_size = {config.batch_size}")
-        with accelerator.main_process_first():
-            self.pairs = pairs_of(run)
-        if self.main:
-            shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
-        self.episodes = Episodes(len(self.pairs), config.episode_size, config.seed)
+        self.stream = Stream(config, run.path) if config.stream else None
+        if not self.stream:
+            self._open()
+            if self.main:
+                shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
+        self.episodes = self.stream or Episodes(len(self.pairs), config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
         require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
         self.steps = size // self.width
-        self.teachers, self.external = self._teachers()
+        self.teachers = self._teachers()
         self.records: list[prototypes.Prototypes] = []
         # Rolling prototypes are made of h_I and h_T as the steps of the episode before left them here.
         self.buffer: dict[str, Tensor] = {}
@@ -196,7 +198,7 @@ class _Trainer:
         extracted = self.teachers and not self.buffer and config.extraction_transform == "train"
         # The same images, read alike; several processes share an episode out anew for learning.
         again = {"visits": config.visits, "cache": 256 if config.visits > 1 or (extracted and self.processes == 1) else 0}
-        batches = Batches(self.pairs, transforms, model.tokenizer, config.seed, **again)
+        batches = Batches(run.path if config.stream else self.pairs, transforms, model.tokenizer, config.seed, **again)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
@@ -255,6 +257,9 @@ class _Trainer:
     def _episode(self, episode: int) -> None:
         config = self.config
         drawn, self.visit = divmod(episode - 1, config.visits)
+        if self.stream:
+            with self._timed("fetch"):
+                self._open(drawn + 1)
         self.ids = self.episodes.ids(drawn + 1)
         order = np.arange(self.steps * self.width if self.buffer else len(self.ids))
         # Visited again, the same pairs come in other batches.
@@ -444,11 +449,19 @@ class _Trainer:
 
     # --- helpers of the loop
 
-    def _teachers(self) -> tuple[list[prototypes.Teacher], dict[str, np.ndarray]]:
-        """Who teaches, and the features of those that are external."""
+    def _open(self, number: int = 0) -> None:
+        """The table's pairs, or those of a streamed episode, and their features of external teachers."""
+        # One process fetches and makes what is missing; the others then find it there.
+        with self.accelerator.main_process_first():
+            self.pairs = self.stream.open(number) if self.stream else pairs_of(self.run)
+            given = zip(self.config.teacher_names(), self.config.teachers, strict=True) if self.config.objective == "protoclip" else ()
+            self.external = {name: teachers.of(teacher, name, self.pairs) for name, teacher in given}
+
+    def _teachers(self) -> list[prototypes.Teacher]:
+        """Who teaches."""
         config = self.config
         if config.objective != "protoclip":
-            return [], {}
+            return []
         ks, named = config.teacher_ks(), dict(zip(config.teacher_names(), config.teachers, strict=True))
         own = {"temperature": config.temperature, "weight": config.proto_weight / 2}
         found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
@@ -456,7 +469,7 @@ class _Trainer:
         most = max((k for teacher in found for k in teacher.ks), default=0)
         rows = self.steps * self.width if config.prototypes == "rolling" else self.episodes.size
         require(most <= rows, f"k = {most} is more than the {rows} pairs of an episode that are clustered")
-        return found, {name: teachers.load(teacher.features, self.pairs) for name, teacher in named.items()}
+        return found
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -534,12 +547,15 @@ class _Trainer:
         tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
         save_file(tensors, str(folder / "optimizer.safetensors"))
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        write_json(folder / "trainer.json", {"step": self.step, "row": self.row, "moments": self.moments.tolist(), "scaler": scaler})
+        about = {"step": self.step, "row": self.row, "moments": self.moments.tolist(), "scaler": scaler}
+        write_json(folder / "trainer.json", about | {"starts": self.stream and self.stream.starts})
 
     def _restore(self, checkpoint: Path) -> None:
         about = json.loads((checkpoint / "trainer.json").read_text())
         self.step = about["step"]
         self.row.update(about["row"])
+        if self.stream:
+            self.stream.starts = about["starts"]
         self.moments.copy_(torch.tensor(about["moments"]))
         self.records = prototypes.load(checkpoint, self.device)
         if self.buffer:

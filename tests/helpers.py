@@ -1,13 +1,19 @@
 """Small data and settings that several tests train on, and a checkpoint in the authors' format."""
 
+import io
 import multiprocessing
 import signal
+import tarfile
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import torch
+from PIL import Image
 from torch import nn
 
 from protoclip_lab.data import shapes
@@ -191,3 +197,41 @@ def group_member(rank: int, size: int, port: int, settings: dict[str, Any], deat
 
     with mock.patch.object(encoders.TwoTowers, name, fatal):
         training.train(settings)
+
+
+def picture(number: int) -> Image.Image:
+    """A small picture of noise."""
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (12, 10, 3), np.uint8))
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    """The file of a picture."""
+    stream = io.BytesIO()
+    picture(number).save(stream, kind)
+    return stream.getvalue()
+
+
+def npy(values: Sequence[float]) -> bytes:
+    """The file of an array."""
+    stream = io.BytesIO()
+    np.save(stream, np.array(values, np.float32))
+    return stream.getvalue()
+
+
+def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """A tar of these members."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(path: Path, numbers: Iterable[int], without: Sequence[int] = (), broken: Sequence[int] = ()) -> None:
+    """A Parquet file as the hub holds them, in row groups of two: an image's bytes, a caption, a number, a vector."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = list(numbers)
+    images = [None if i in without else {"bytes": encoded(i)[: 60 if i in broken else None], "path": None} for i in numbers]
+    columns = {"image": images, "text": [f"caption {i}" for i in numbers], "width": [10] * len(numbers)}
+    table = pa.table(columns | {"vector": pa.array([[i, 0.5, -i] for i in numbers], pa.list_(pa.float32()))})
+    parquet.write_table(table, path, row_group_size=2)

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 
 from protoclip_lab.config import require
 from protoclip_lab.data.pairs import Pairs
+from protoclip_lab.data.stream import folder_of
 from protoclip_lab.randomness import derive, numpy_generator, torch_generator
 
 
@@ -133,7 +135,7 @@ class Batches(Dataset):
     the order of the rows nor the process that reads them can change it.
 
     Args:
-        pairs: the table.
+        pairs: the table; or a run's folder whose pairs are streamed, see :class:`protoclip_lab.data.stream.Stream`.
         transforms: an augmentation, or PIL image -> tensor, by name.
         tokenizer: captions -> tokens.
         seed: of the run.
@@ -141,8 +143,9 @@ class Batches(Dataset):
         cache: MiB of decoded images, which each process remembers until other pairs come, for a second pass over these.
     """
 
-    def __init__(self, pairs: Pairs, transforms: dict, tokenizer: Callable, seed: int, visits: int = 1, cache: int = 0) -> None:
-        self.pairs, self.transforms, self.tokenizer, self.seed = pairs, transforms, tokenizer, seed
+    def __init__(self, pairs: Pairs | Path, transforms: dict, tokenizer: Callable, seed: int, visits: int = 1, cache: int = 0) -> None:
+        self.source = self.pairs = pairs
+        self.transforms, self.tokenizer, self.seed = transforms, tokenizer, seed
         self.cache, self.visits, self.drawn = cache * 2**20, visits, None
 
     def __getitem__(self, wanted: tuple[str, str, int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +153,8 @@ class Batches(Dataset):
         transform, found = self.transforms[name], []
         if (drawn := (episode - 1) // self.visits) != self.drawn:
             self.images, self.drawn, self.room = {}, drawn, self.cache
+            if isinstance(self.source, Path):
+                self.pairs = Pairs(folder_of(self.source, drawn + 1))
         with torch.random.fork_rng(devices=[]):
             for row in rows:
                 image = self._image(row, getattr(transform, "at_least", 0))

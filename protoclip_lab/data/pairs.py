@@ -35,6 +35,7 @@ class Pairs(Sequence):
 
     Attributes:
         about: what ``pairs.json`` says.
+        columns: names of the table's columns.
         folder: where it lies, with ``pairs.json`` (source, fingerprint, counts) and ``bad_rows.jsonl``.
         fingerprint: SHA-256 over (file path, caption) of the rows in order; teacher features are tied to it.
         source: the table it was made from.
@@ -49,6 +50,7 @@ class Pairs(Sequence):
         self._whole = load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_tar", "_offset", "_size"]).combine_chunks()
+        self.columns = self._whole.column_names
         self.image_ids = self._table["_image"].to_numpy()
 
     def __len__(self) -> int:
@@ -60,6 +62,13 @@ class Pairs(Sequence):
     def column(self, name: str) -> list:
         """All values of a column; ValueError if there is none of this name."""
         return _column(self._whole, name, self.source).to_pylist()
+
+    def vectors(self, name: str) -> np.ndarray:
+        """A column of vectors, (N, dim) float32; ValueError where they are none, or differ in length."""
+        column = _column(self._whole, name, self.source).combine_chunks()
+        one = pa.types.is_list(column.type) and len(column.value_lengths().unique()) == 1
+        require(one, f"{name} of {self.source} holds no vectors of one length")
+        return column.flatten().to_numpy().astype(np.float32).reshape(len(self), -1)
 
     @property
     def captions(self) -> list[str]:
@@ -242,7 +251,7 @@ def hold(
     listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in sorted(bad))
     write_text(out / BAD_ROWS, "".join(listed))
     said = f"{len(rows)} of {total} rows of {source} are usable, for the others see {out / BAD_ROWS}"
-    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5])
+    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5]) or f"none has {where or 'anything'}"
     require(len(bad) <= max_bad_share * total and len(rows), f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
     if bad:
         logging.getLogger(__name__).warning(said)

@@ -1,0 +1,197 @@
+"""A data set as a stream: every pair once a pass, an episode at a time, from any place again."""
+
+import json
+import shutil
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+from faults.children import SERVER, assert_same
+from helpers import encoded, npy, picture, run_training, toy_settings, train_and_die, write_parquet, write_shard
+
+from protoclip_lab.config import TrainConfig
+from protoclip_lab.data.stream import Stream
+from protoclip_lab.runs import pairs_of
+from protoclip_lab.snapshot import open_snapshot
+from protoclip_lab.training import train
+
+SIZE = 24  # pairs of an episode
+
+
+def shard(path, numbers, bad=()):
+    members = []
+    for i in numbers:
+        members += [(f"{i:04d}.png", encoded(i)[: 50 if i in bad else None]), (f"{i:04d}.txt", f"caption {i}".encode())]
+        members += [(f"{i:04d}.clip.npy", npy(np.random.default_rng(i).normal(size=5)))]
+    write_shard(path, members)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Sixty pairs in five shards."""
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(5):
+        shard(folder / f"{number:05d}.tar", range(12 * number, 12 * number + 12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The same pairs in Parquet files."""
+    folder = tmp_path_factory.mktemp("files")
+    for number in range(5):
+        write_parquet(folder / f"{number}.parquet", range(12 * number, 12 * number + 12))
+    return folder
+
+
+def settings(table, run, **changes):
+    own = {"image_root": "", "where": {}, "stream": True, "episode_size": SIZE, "max_bad_share": 0.3}
+    if any(table.glob("*.parquet")):
+        own |= {"image_column": "image", "caption_column": "text"}
+    return toy_settings(table, run) | own | changes
+
+
+def stream(table, run, **changes):
+    return Stream(TrainConfig(**settings(table, run, **changes)), run)
+
+
+def numbers(pairs):
+    return [int(caption.split()[1]) for caption in pairs.captions]
+
+
+@pytest.mark.parametrize("kind", ["tars", "files"])
+def test_every_pair_once_before_any_twice(kind, tmp_path, request):
+    source = stream(request.getfixturevalue(kind), tmp_path)
+    drawn = [numbers(source.open(episode)) for episode in range(1, 11)]
+    assert [len(episode) for episode in drawn] == [SIZE] * 10
+    seen = [number for episode in drawn for number in episode]
+    for start in range(0, 240, 60):
+        assert sorted(seen[start : start + 60]) == list(range(60))
+    # Another order in each pass.
+    assert len({tuple(seen[start : start + 60]) for start in range(0, 240, 60)}) == 4
+    assert sorted(source.ids(3)) == list(range(SIZE)) and source.ids(3).tolist() != source.ids(4).tolist()
+
+
+@pytest.mark.parametrize("kind", ["tars", "files"])
+def test_an_episode_has_its_pixels_and_is_all_there_is_on_the_disk(kind, tmp_path, request):
+    source = stream(request.getfixturevalue(kind), tmp_path)
+    for episode in (1, 2, 3):
+        pairs = source.open(episode)
+    for index, number in enumerate(numbers(pairs)):
+        np.testing.assert_array_equal(np.asarray(pairs.image(index)), np.asarray(picture(number)))
+    assert [path.name for path in (tmp_path / "stream").glob("*/")] == ["000003"]
+
+
+@pytest.mark.parametrize("kind", ["tars", "files"])
+def test_from_a_saved_place_the_same_pairs_come(kind, tmp_path, request):
+    table = request.getfixturevalue(kind)
+    source = stream(table, tmp_path / "one")
+    drawn, places = {}, {}
+    for episode in range(1, 6):
+        drawn[episode] = source.open(episode).fingerprint
+        places[episode] = json.loads(json.dumps(source.starts))
+    for episode in (2, 4):
+        other = stream(table, tmp_path / "other")
+        other.starts = places[episode]
+        assert [other.open(number).fingerprint for number in (episode, episode + 1)] == [drawn[episode], drawn[episode + 1]]
+        # What was fetched half-way is fetched again.
+        (tmp_path / "other" / "stream" / f"{episode + 1:06d}" / "pairs.json").unlink()
+        assert other.open(episode + 1).fingerprint == drawn[episode + 1]
+    assert stream(table, tmp_path / "seed", seed=1).open(1).fingerprint != drawn[1]
+
+
+def test_bad_samples_are_listed_and_the_episode_is_full(tars, tmp_path):
+    table = tmp_path / "tars"
+    shutil.copytree(tars, table)
+    shard(table / "00002.tar", range(24, 36), bad=(25, 30))
+    source = stream(table, tmp_path / "run")
+    seen = [number for episode in (1, 2) for number in numbers(source.open(episode))]
+    seen += numbers(source.open(3))[: 58 - 48]
+    assert sorted(seen) == sorted(set(range(60)) - {25, 30})
+    lists = sorted((tmp_path / "run" / "stream").glob("bad_rows_*.jsonl"))
+    assert [path.name for path in lists] == [f"bad_rows_{episode:06d}.jsonl" for episode in (1, 2, 3)]
+    listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
+    found = Counter((row["filepath"], row["row"]) for row in listed)
+    assert set(found) == {("00002.tar/0025.png", 2), ("00002.tar/0030.png", 7)}
+    with pytest.raises(ValueError, match=r"max_bad_share = 1.0%: row \d 00002.tar/00"):
+        strict = stream(table, tmp_path / "strict", max_bad_share=0.01)
+        for episode in (1, 2, 3):
+            strict.open(episode)
+
+
+def test_rows_are_chosen_before_they_are_counted(tmp_path):
+    for number in range(4):
+        split = [part for i in range(10) for part in sample_of(10 * number + i)]
+        write_shard(tmp_path / f"{number}.tar", split)
+    source = stream(tmp_path, tmp_path / "run", where={"kind": "even"}, episode_size=10)
+    drawn = [numbers(source.open(episode)) for episode in (1, 2)]
+    assert sorted(drawn[0] + drawn[1]) == list(range(0, 40, 2))
+
+
+def sample_of(number):
+    about = json.dumps({"kind": "odd" if number % 2 else "even"}).encode()
+    return [(f"{number}.png", encoded(number)), (f"{number}.txt", f"caption {number}".encode()), (f"{number}.json", about)]
+
+
+def test_an_episode_larger_than_a_pass_and_a_table_of_paths_are_refused(tars, tmp_path):
+    with pytest.raises(ValueError, match="has 60 usable pairs: lower episode_size"):
+        stream(tars, tmp_path, episode_size=61).open(1)
+    with pytest.raises(ValueError, match=r"table\.tsv is no folder of shards.*stream = False"):
+        stream(tmp_path / "table.tsv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"episode_size": None}, "stream needs episode_size"),
+        ({"dataset_size": 100}, "stream needs episode_size, and no dataset_size"),
+        ({"teachers": [{"name": "t"}]}, "a teacher needs features or, of a stream, model"),
+        ({"teachers": [{"features": "a.npy", "model": "b"}]}, "a teacher needs features or, of a stream, model"),
+        ({"stream": False, "teachers": [{"model": "b"}]}, "a teacher needs features or, of a stream, model"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_stream_are_refused(changes, message, tars, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings(tars, tmp_path, **changes))
+
+
+# --- training
+
+
+def in_process(target, *arguments):
+    process = SERVER.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+MORE = {"episodes": 5, "teachers": [{"features": "clip.npy", "name": "clip", "k": 3}], "model": "RN-mini", "batch_size": 8}
+
+
+@pytest.mark.parametrize("changes", [{}, {"prototypes": "rolling", "visits": 2}], ids=["faithful", "rolling"])
+@pytest.mark.parametrize("where, call", [("learning", 8), ("saving", 17)])
+def test_killed_and_taken_up_again_is_bit_identical(changes, where, call, tars, tmp_path):
+    own = MORE | changes
+    train(settings(tars, tmp_path / "whole", **own))
+    broken = settings(tars, tmp_path / "broken", **own)
+    assert in_process(train_and_die, broken, where, call) == -signal.SIGKILL
+    # As on another machine: nothing of the stream is left.
+    shutil.rmtree(tmp_path / "broken" / "stream")
+    assert in_process(run_training, broken) == 0
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_tars_and_workers_make_no_difference(tars, tmp_path):
+    train(settings(tars, tmp_path / "none", **MORE))
+    train(settings(tars, tmp_path / "two", **MORE, workers=2))
+    assert_same(tmp_path / "two", tmp_path / "none")
+
+
+def test_a_streamed_run_can_be_looked_at(files, tmp_path):
+    run = train(settings(files, tmp_path / "run", teachers=[{"features": "vector", "name": "v"}]))
+    assert run.finished and (run.metrics(kind="episode")["time/fetch"] > 0).all()
+    seen = open_snapshot(run.path, samples=10)
+    assert pairs_of(run).folder.name == "000003" and len(seen.rows) == 10
+    labels, _, features = seen.prototypes("v")
+    assert labels.shape == (10,) and features.shape == (10, 3)

@@ -143,7 +143,7 @@ def of(teacher: TeacherConfig, name: str, pairs: Pairs) -> np.ndarray:
 def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:
     """Blocks of normalised embeddings of ``items[start:]`` in order, under a progress bar."""
     encode, size = (_image_tower if visual else _text_tower)(model, batch_size, **options)
-    for first in tqdm(range(start, len(items), size), model, unit_scale=size, mininterval=2):
+    for first in tqdm(range(start, len(items), size), model, unit_scale=size, mininterval=2, delay=2):
         with torch.inference_mode():
             block = torch.as_tensor(encode([items[i] for i in range(first, min(first + size, len(items)))]))
         yield torch.nn.functional.normalize(block.float(), dim=-1).cpu().numpy()

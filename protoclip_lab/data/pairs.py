@@ -241,7 +241,7 @@ def hold(
         paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in columns)
         images = dict(zip(paths, zip(*(rows[name].to_pylist() for name in PLACE), strict=True), strict=True))
         # Pillow decodes outside the interpreter lock, so threads are enough.
-        faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2)
+        faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2, delay=2)
         faults = dict(zip(images, faults, strict=True))
         reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
         bad += [*unread, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])]
@@ -281,7 +281,7 @@ def _chosen(rows: pa.Table, where: Mapping[str, object], source: str | Path) -> 
 def _fault(root: Path, image: tuple[str, tuple]) -> str:
     """Why an image cannot be used, or ""."""
     try:
-        read_image(root, image)
+        read_image(root, image, 1)  # broken at an eighth of its size is broken
     except OSError as error:
         return f"unreadable image: {error.__cause__}"
     return ""

@@ -7,15 +7,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from faults.children import SERVER, assert_same
+from faults.children import SERVER, assert_same, together
 from helpers import encoded, npy, picture, run_training, toy_settings, train_and_die, write_parquet, write_shard
 
+from protoclip_lab import teachers
 from protoclip_lab.config import TrainConfig
 from protoclip_lab.data.stream import Stream
-from protoclip_lab.runs import pairs_of
+from protoclip_lab.runs import Run, pairs_of
 from protoclip_lab.snapshot import open_snapshot
 from protoclip_lab.training import train
 
+MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"  # from its package, no download
 SIZE = 24  # pairs of an episode
 
 
@@ -166,26 +168,32 @@ def in_process(target, *arguments):
     return process.exitcode
 
 
-MORE = {"episodes": 5, "teachers": [{"features": "clip.npy", "name": "clip", "k": 3}], "model": "RN-mini", "batch_size": 8}
+MORE = {"episodes": 4, "teachers": [{"features": "clip.npy", "name": "clip", "k": 3}], "batch_size": 12}
 
 
-@pytest.mark.parametrize("changes", [{}, {"prototypes": "rolling", "visits": 2}], ids=["faithful", "rolling"])
-@pytest.mark.parametrize("where, call", [("learning", 8), ("saving", 17)])
-def test_killed_and_taken_up_again_is_bit_identical(changes, where, call, tars, tmp_path):
-    own = MORE | changes
-    train(settings(tars, tmp_path / "whole", **own))
+@pytest.fixture(scope="module", params=[{}, {"prototypes": "rolling", "visits": 2}], ids=["faithful", "rolling"])
+def whole(request, tars, tmp_path_factory):
+    """Settings, and a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(tars, run, **MORE | request.param))
+    return MORE | request.param, run
+
+
+@pytest.mark.parametrize("where, call", [("learning", 6), ("saving", 17)])
+def test_killed_and_taken_up_again_is_bit_identical(where, call, whole, tars, tmp_path):
+    own, unbroken = whole
     broken = settings(tars, tmp_path / "broken", **own)
     assert in_process(train_and_die, broken, where, call) == -signal.SIGKILL
     # As on another machine: nothing of the stream is left.
     shutil.rmtree(tmp_path / "broken" / "stream")
     assert in_process(run_training, broken) == 0
-    assert_same(tmp_path / "broken", tmp_path / "whole")
+    assert_same(tmp_path / "broken", unbroken)
 
 
-def test_tars_and_workers_make_no_difference(tars, tmp_path):
-    train(settings(tars, tmp_path / "none", **MORE))
-    train(settings(tars, tmp_path / "two", **MORE, workers=2))
-    assert_same(tmp_path / "two", tmp_path / "none")
+def test_reading_in_other_processes_changes_nothing(whole, tars, tmp_path):
+    own, unbroken = whole
+    train(settings(tars, tmp_path / "two", **own, workers=2))
+    assert_same(tmp_path / "two", unbroken)
 
 
 def test_a_streamed_run_can_be_looked_at(files, tmp_path):
@@ -195,3 +203,22 @@ def test_a_streamed_run_can_be_looked_at(files, tmp_path):
     assert pairs_of(run).folder.name == "000003" and len(seen.rows) == 10
     labels, _, features = seen.prototypes("v")
     assert labels.shape == (10,) and features.shape == (10, 3)
+
+
+def test_two_processes_learn_what_one_learns_by_the_teacher_that_one_of_them_made(tars, tmp_path):
+    # Without BatchNorm, whose statistics are each process's own on a CPU.
+    own = {
+        "teachers": [{"name": "minilm", "model": MINI_LM, "k": 3}],
+        "projection_depth": 0,
+        "kmeans_engine": "torch",
+        "batch_size": 12,
+    }
+    for processes in (1, 2):
+        assert together(settings(tars, tmp_path / str(processes), **own), processes=processes) == [0] * processes
+    one, two = (Run(tmp_path / name) for name in ("1", "2"))
+    losses = [run.metrics(kind="step").filter(like="loss") for run in (one, two)]
+    assert "loss/minilm_to_image_3" in losses[0]
+    np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
+    pairs = pairs_of(two)
+    found = teachers.of(two.config.teachers[0], "minilm", pairs)
+    np.testing.assert_allclose(found, teachers.extract(pairs.captions, MINI_LM, dim=None), atol=1e-5)

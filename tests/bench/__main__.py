@@ -14,7 +14,9 @@ from . import functions, inputs, measure, report, scale, training
 
 def paper_k(*, rounds: int = 1, **changes: Any) -> dict[str, Any]:
     """The arms with longer episodes and more prototypes than a desk needs, at least on the way to the paper's 20,000."""
-    return training.arms(**{"episode_size": 4000, "k": 2000, "timed": 2} | changes, rounds=rounds)
+    return training.arms(
+        **{"episode_size": 4000, "k": 2000, "timed": 2, "names": ("clip", "rolling", "faithful")} | changes, rounds=rounds
+    )
 
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -34,7 +36,7 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 TOY: dict[str, dict[str, Any]] = {
     "back_translation": {"n": 2000, "k": 50, "d": 8, "rounds": 2},
     "loss": {"batches": (64, 512, 4096), "k": 50, "d": 8, "rounds": 2},
-    "kmeans": {"size": 128, "ks": (8,), "episodes": 4, "early": 3, "large": (400, 20), "d": 8, "rounds": 1},
+    "kmeans": {"size": 128, "ks": (8,), "episodes": 4, "early": 3, "large": (400, 20), "huge": (800, 40), "d": 8, "rounds": 1},
     "growth": {"n": 1600, "k": 80, "batch": 64, "d": 8, "rounds": 2},
     "input": {"images": 16, "batch": 8, "model": "RN-micro", "rounds": 2},
     "umap": {"points": 600, "d": 8, "rounds": 1},

@@ -145,6 +145,7 @@ def kmeans(
     episodes: int = 6,
     early: int = 4,
     large: tuple[int, int] = (20_000, 2_000),
+    huge: tuple[int, int] = (200_000, 20_000),
     d: int = 128,
     drift: float = 0.5,
     tolerance: float = 3e-3,
@@ -153,6 +154,8 @@ def kmeans(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Faithful k-means (20 iterations, three restarts) against warm-started: real features, and synthetic ones of a large size.
+
+    Engines are compared at the paper's size, by one iteration each.
 
     Episode 1 is InfoNCE alone, so the chain begins in 2. Up to the episode ``early`` the heads have hardly learnt and
     features move far from one episode to the next: shown by themselves.
@@ -169,10 +172,25 @@ def kmeans(
                 cases[f"N {size:,}, K {k:,}, image and text, episodes {first} to {last}"] = found
     n, k = large
     cases[f"N {n:,}, K {k:,}, synthetic"] = kmeans_chain(drifting(n, k, d, 3, drift, seed), k, large_rounds, tolerance, seed)
-    about = {"size": size, "ks": ks, "episodes": episodes, "large": large, "d": d, "drift": drift, "rounds": rounds, "seed": seed}
+    features = unit_rows(seed, "features", huge[0], d)
+    once = {
+        engine: lambda engine=engine: clustering.kmeans(features, huge[1], iterations=1, engine=engine) for engine in ("faiss", "torch")
+    }
+    engines = measure.in_turn(once, 1, warm_up=False)
+    about = {
+        "size": size,
+        "ks": ks,
+        "episodes": episodes,
+        "large": large,
+        "huge": huge,
+        "d": d,
+        "drift": drift,
+        "rounds": rounds,
+        "seed": seed,
+    }
     about |= {"faithful": {"iterations": 20, "restarts": 3}, "warm": {"iterations": 20, "tolerance": tolerance}, "early": early}
     about |= {"threads": torch.get_num_threads(), "data": about_data}
-    return {"settings": about, "cases": cases}
+    return {"settings": about, "cases": cases, "engines": engines}
 
 
 def growth(

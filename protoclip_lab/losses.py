@@ -125,8 +125,7 @@ def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperatur
     if temperature <= 0:
         return centroids
     blocks = teacher_centroids.split(max(1, BLOCK_ELEMENTS // len(centroids)))
-    soft = (F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) for block in blocks)
-    return torch.cat([p @ centroids for p in soft])
+    return torch.cat([F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) @ centroids for block in blocks])
 
 
 def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:

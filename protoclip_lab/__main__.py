@@ -20,7 +20,6 @@ import yaml
 
 from protoclip_lab import batch
 from protoclip_lab.config import TrainConfig, call
-from protoclip_lab.runs import headlines
 
 
 def _run(recipe: str, given: dict) -> None:
@@ -43,6 +42,7 @@ def _evaluate(checkpoint: str, given: dict) -> None:
 
 def _watch(run: str, given: dict) -> None:
     from protoclip_lab.evaluation import suite
+    from protoclip_lab.runs import headlines
 
     for rows in call(suite.watch, {"run": run, **given}, suite.evaluate_checkpoint, suite.evaluate):
         home = "\033[2J\033[H" if sys.stdout.isatty() else ""  # the table stands in its place

@@ -145,9 +145,7 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         for point in itertools.product(*axes):
             label = re.sub(r"[^\w.=,+-]+", "-", "_".join(part for part, _ in point)) or ("run" if source == TRAIN else "")
             output = out / name.replace(":", "_") / label
-            parameters = {folder: str(output)} | common
-            for _, settings in point:
-                parameters |= settings
+            parameters = {folder: str(output)} | common | {key: value for _, settings in point for key, value in settings.items()}
             if source == TRAIN:
                 TrainConfig(**parameters)  # refuses now, not after the steps before it
             # what compares runs reads what the steps before it left in them too

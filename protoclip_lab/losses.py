@@ -38,8 +38,7 @@ def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: 
     features, centroids, targets = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids, targets))
     require(not centroids.requires_grad, "centroids are constants of a step and get no gradient: detach them")
     scale = torch.as_tensor(scale, dtype=features.dtype, device=features.device)
-    sums = _LogSumExp.apply(features, centroids, scale, occupied)
-    return (sums - scale * (features * targets).sum(dim=1)).mean()
+    return (_LogSumExp.apply(features, centroids, scale, occupied) - scale * (features * targets).sum(dim=1)).mean()
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -10,17 +10,16 @@ watch RUN            evaluate each checkpoint of a run as it appears, until the 
 -p gives a setting and may be repeated: a recipe's own parameters to run, episodes=2 to train, draws=200 to evaluate and watch.
 """
 
-import argparse
 import logging
 import signal
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import yaml
 
 from protoclip_lab import batch
-from protoclip_lab.config import TrainConfig, call, require
-from protoclip_lab.runs import headlines
+from protoclip_lab.config import TrainConfig, call
 
 
 def _run(recipe: str, given: dict) -> None:
@@ -43,19 +42,18 @@ def _evaluate(checkpoint: str, given: dict) -> None:
 
 def _watch(run: str, given: dict) -> None:
     from protoclip_lab.evaluation import suite
+    from protoclip_lab.runs import headlines
 
     for rows in call(suite.watch, {"run": run, **given}, suite.evaluate_checkpoint, suite.evaluate):
-        if sys.stdout.isatty():
-            print("\033[2J\033[H", end="")  # the table stands in its place
-        print(f"{run}: {rows['checkpoint'].nunique()} checkpoints evaluated")
+        home = "\033[2J\033[H" if sys.stdout.isatty() else ""  # the table stands in its place
+        print(f"{home}{run}: {rows['checkpoint'].nunique()} checkpoints evaluated")
         print(headlines(rows).to_string() if len(rows) else "none yet", flush=True)
 
 
 def _collect(urls: str, given: dict) -> None:
     from protoclip_lab.data.collect import collect
 
-    require("output" in given, "collect needs a folder to write to: collect URLS OUT")
-    print(collect(urls, given.pop("output"), **given).to_string())
+    print(collect(urls, **given).to_string())
 
 
 COMMANDS = {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch, "collect": _collect}
@@ -69,19 +67,17 @@ def _parameter(text: str) -> tuple[str, object]:
 
 def main() -> None:
     """Parse the command line and go; exit status 1 on an error, 130 when stopped."""
-    # what is not given is not there
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser("python -m protoclip_lab", description=__doc__, **how)
+    parser = ArgumentParser("python -m protoclip_lab", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("what", metavar="WHAT", help="recipe, config, checkpoint or run, see above")
-    parser.add_argument("output", metavar="OUT", nargs="?", help="where collect writes")
+    parser.add_argument("output", metavar="OUT", nargs="?", help="where collect writes (beside URLS)")
     parser.add_argument("--out", dest="output", metavar="FOLDER", help="where to write (reports/RECIPE; the run's folder)")
     parser.add_argument("--data-root", metavar="FOLDER", help="folder of the sets known by name")
     parser.add_argument("--datasets", metavar="NAME", nargs="+", help="sets under it: cifar10 coco2017 ... (all)")
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", type=_parameter, help="see above")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background has it ignored
     try:
-        given = vars(parser.parse_args())
+        given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
         command, what, settings = (given.pop(name) for name in ("command", "what", "p"))
         COMMANDS[command](what, given | dict(settings))
     except (OSError, ValueError, ArithmeticError, yaml.YAMLError, batch.StepFailed) as error:

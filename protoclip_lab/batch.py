@@ -84,8 +84,7 @@ class Step:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A YAML or JSON file of ``name: value``; ValueError or YAMLError where it is no such thing."""
-    with path.open(encoding="utf-8") as file:
-        found = yaml.safe_load(file)
+    found = yaml.safe_load(path.read_text("utf-8"))
     require(isinstance(found, dict), f"{path} holds no lines of `name: value`")
     return found
 
@@ -144,12 +143,9 @@ def plan(recipe: str | Path, overrides: Mapping[str, Any] | None = None, out: st
         if runs and one and one not in common:
             axes.append([(Path(run).name, {one: run}) for run in runs] if one != "runs" else [("", {one: runs})])
         for point in itertools.product(*axes):
-            label = "_".join(part for part, _ in point) or ("run" if source == TRAIN else "")
-            label = re.sub(r"[^\w.=,+-]+", "-", label)
+            label = re.sub(r"[^\w.=,+-]+", "-", "_".join(part for part, _ in point)) or ("run" if source == TRAIN else "")
             output = out / name.replace(":", "_") / label
-            parameters = {folder: str(output)} | common
-            for _, settings in point:
-                parameters |= settings
+            parameters = {folder: str(output)} | common | {key: value for _, settings in point for key, value in settings.items()}
             if source == TRAIN:
                 TrainConfig(**parameters)  # refuses now, not after the steps before it
             # what compares runs reads what the steps before it left in them too
@@ -169,10 +165,9 @@ def _run_step(step: Step, title: str) -> None:
     """
     inputs = json.dumps([step.parameters, [read.page.stat().st_mtime_ns for read in step.upstream]])
     note, started = step.output / "inputs.json", []
-    found = note.read_text("utf-8") if note.exists() else ""
-    if found and found != inputs:
+    if note.exists() and note.read_text("utf-8") != inputs:
         step.output.rename(step.output.with_name(f"{step.output.name}.old-{datetime.now():%Y%m%d-%H%M%S-%f}"))
-    elif found and step.page.exists():
+    if step.page.exists():
         print(f"{title}: unchanged; delete its folder to run it again", file=sys.stderr)
         return
     step.output.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """K-means over an episode's features, and prototypical back translation: pure functions of features."""
 
-import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import faiss
 import torch
 from accelerate import PartialState, utils
+from faiss.contrib.clustering import reassign_centroids
 from torch import Tensor
 
 from protoclip_lab.config import require
@@ -14,7 +14,6 @@ from protoclip_lab.randomness import derive, numpy_generator
 
 # Distances held at once by the torch engine: 2**24 floats are 64 MiB.
 BLOCK_ELEMENTS = 2**24
-AUTO = "auto"  # the engine that suits the features' device
 
 
 class Clusters(NamedTuple):
@@ -36,7 +35,7 @@ def kmeans(
     init: Tensor | None = None,
     tolerance: float = 0.0,
     balanced: bool = False,
-    engine: str = AUTO,
+    engine: str = "auto",
     share_above: int | None = None,
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
@@ -73,16 +72,13 @@ def kmeans(
         raise ValueError(f"row {int(bad[0])} of the features to cluster holds NaN or Inf: their model has diverged, take a lower lr")
     together = share_above is not None and PartialState().num_processes > 1
     shared = together and len(features) * k > share_above
-    if engine == AUTO:
-        import faiss
-
-        engine = "torch" if features.is_cuda and not faiss.get_num_gpus() else "faiss"
-    by_torch = partial(_torch_kmeans, assign=partial(_assign, balanced=balanced, shared=shared))
-    run = {"faiss": _faiss_kmeans, "torch": by_torch}["torch" if balanced or shared else engine]
+    if balanced or shared or (engine == "auto" and features.is_cuda and not faiss.get_num_gpus()):
+        engine = "torch"
+    run = {"auto": _faiss_kmeans, "faiss": _faiss_kmeans, "torch": _torch_kmeans}[engine]
+    how = {"balanced": balanced, "shared": shared} if engine == "torch" else {}
+    labels, centroids = features.new_empty(len(features), dtype=torch.int64), features.new_empty(k, features.shape[1])
     if shared or not together or PartialState().is_main_process:
-        labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init, tolerance)
-    else:
-        labels, centroids = features.new_empty(len(features), dtype=torch.int64), features.new_empty(k, features.shape[1])
+        labels, centroids = run(features, k, iterations, restarts if init is None else 1, seed, init, tolerance, **how)
     if together:
         labels, centroids = utils.broadcast([labels, centroids])
     return Clusters(labels, centroids, torch.bincount(labels, minlength=k), _objective(features, labels, centroids))
@@ -145,8 +141,6 @@ def _objective(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
 
 
 def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float) -> tuple:
-    import faiss
-
     # faiss brings an OpenMP pool of its own, which would otherwise ignore the caller's thread setting.
     faiss.omp_set_num_threads(torch.get_num_threads())
     array = features.cpu().numpy()
@@ -172,23 +166,21 @@ def _assign(features: Tensor, centroids: Tensor, *, balanced: bool, shared: bool
 
 
 def _torch_kmeans(
-    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, *, assign: Callable
+    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, **how: bool
 ) -> tuple:
-    from faiss.contrib.clustering import reassign_centroids
-
     found = []
     for restart in range(restarts):
         draws = numpy_generator(seed, "kmeans", restart)
         centroids = features[draws.permutation(len(features))[:k]] if init is None else init.to(features)
-        objective = math.inf
+        objective = torch.inf
         for _ in range(iterations):
-            labels = assign(features, centroids)
-            before, objective = objective, _objective(features, labels, centroids) if tolerance else math.inf
+            labels = _assign(features, centroids, **how)
+            before, objective = objective, _objective(features, labels, centroids) if tolerance else torch.inf
             if tolerance and objective > before * (1 - tolerance):
                 break
             # An empty cluster takes half of one drawn in proportion to its size. On the host: faiss 1.8 does it for NumPy alone.
             means = back_translate(labels, features, k).cpu().numpy()
             reassign_centroids(torch.bincount(labels, minlength=k).cpu().numpy(), means, draws)
             centroids = torch.from_numpy(means).to(features.device)
-        found.append((assign(features, centroids), centroids))
+        found.append((_assign(features, centroids, **how), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))

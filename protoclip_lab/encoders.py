@@ -105,18 +105,15 @@ def create(config: TrainConfig) -> TwoTowers:
     if config.pretrained and not Path(config.pretrained).exists():
         tags = open_clip.list_pretrained_tags_by_model(config.model) or ["none"]
         require_known(config.pretrained, tags, f"pretrained {config.pretrained!r} is no file, and open_clip has none of that name")
-    if config.image_size:
-        cfg["vision_cfg"]["image_size"] = config.image_size
+    cfg["vision_cfg"] |= {"image_size": config.image_size} if config.image_size else {}
     tokenizer = partial(open_clip.get_tokenizer, config.model)
     if config.text_model:
         name = str(Path(config.text_model).absolute()) if Path(config.text_model).is_dir() else config.text_model
         text = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler", "context_length": 77}
         cfg |= {"text_cfg": {**text, "hf_model_pretrained": config.text_pretrained}, "custom_text": True}
         tokenizer = partial(open_clip.tokenizer.HFTokenizer, name)
-    if config.context_length:
-        cfg["text_cfg"]["context_length"] = config.context_length
-    if config.alignment == "siglip":
-        cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    cfg["text_cfg"] |= {"context_length": config.context_length} if config.context_length else {}
+    cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if config.alignment == "siglip" else {}
     with torch.random.fork_rng():
         torch.manual_seed(derive(config.seed, "weights"))
         clip = _create_clip(config.model, config.pretrained if config.pretrained_towers == "both" else None, **cfg)
@@ -175,8 +172,7 @@ def load(path: str | Path) -> TwoTowers:
     about = folder / "heads.json"
     heads = json.loads(about.read_text())["heads"] if about.exists() else None
     model = TwoTowers(plain.clip, plain.model_cfg, plain.tokenizer, heads).eval()
-    if heads:
-        restore(model, folder)
+    restore(model, folder)
     return model
 
 
@@ -188,8 +184,7 @@ def fingerprint(model: TwoTowers) -> str:
 
 
 def restore(model: TwoTowers, folder: Path) -> None:
-    """Put a checkpoint's weights into a model made by :func:`create` with the same settings."""
-    safetensors.torch.load_model(model.clip, str(folder / WEIGHTS))
+    """Put a checkpoint's heads and their scale into a model whose towers were made from it, ``local-dir:<folder>``."""
     if model.head_cfg:
         model.load_state_dict(model.clip.state_dict(prefix="clip.") | safetensors.torch.load_file(folder / HEADS))
 
@@ -219,11 +214,10 @@ def _encode(model: TwoTowers, what: str, rows: Sequence, read: Callable, size: i
     # With a generator of its own: the loader would draw from the global one.
     loader = DataLoader(rows, size, num_workers=workers, collate_fn=read, generator=torch.Generator())
     bar = tqdm(loader, desc=f"encoding {what}", delay=2, mininterval=2, leave=False)
-    device = next(model.parameters()).device
     # A model in training may carry accelerate's autocast: what it is measured by must not depend on that.
     forward = getattr(model, "_original_forward", model)
     model.eval()
-    found = [send_to_device(forward(*send_to_device(batch, device)), "cpu") for batch in bar]
+    found = [send_to_device(forward(*send_to_device(batch, model.clip.logit_scale.device)), "cpu") for batch in bar]
     return Outputs(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -267,7 +261,7 @@ def _create_clip(name: str, pretrained: str | None, *, custom_text: bool = False
         pretrained = str(Path(pretrained) / WEIGHTS)
     # The whole configuration goes in as overrides: what is saved is then what was built.
     try:
-        return open_clip.create_model(name, pretrained, force_custom_text=custom_text, **cfg)
+        return open_clip.create_model(name, pretrained, require_pretrained=":" in name, force_custom_text=custom_text, **cfg)
     except Exception as error:  # a file may hold anything; without torch's advice to unpickle it all the same
         file, why = (pretrained or name).removeprefix("local-dir:"), str(error).partition(". ")[0]
         require(isinstance(error, OSError) or not Path(file).exists(), f"{file} holds no weights of {name}: {why}. Name another")

@@ -38,8 +38,7 @@ def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: 
     features, centroids, targets = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids, targets))
     require(not centroids.requires_grad, "centroids are constants of a step and get no gradient: detach them")
     scale = torch.as_tensor(scale, dtype=features.dtype, device=features.device)
-    sums = _LogSumExp.apply(features, centroids, scale, occupied)
-    return (sums - scale * (features * targets).sum(dim=1)).mean()
+    return (_LogSumExp.apply(features, centroids, scale, occupied) - scale * (features * targets).sum(dim=1)).mean()
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -125,8 +124,7 @@ def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperatur
     if temperature <= 0:
         return centroids
     blocks = teacher_centroids.split(max(1, BLOCK_ELEMENTS // len(centroids)))
-    soft = (F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) for block in blocks)
-    return torch.cat([p @ centroids for p in soft])
+    return torch.cat([F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) @ centroids for block in blocks])
 
 
 def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:

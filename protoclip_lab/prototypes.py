@@ -106,8 +106,7 @@ def of_modality(records: Sequence[Prototypes], modality: str) -> Tensor | None:
     The modality's own clusters where it is a teacher; else those of the first teacher that teaches it.
     """
     own = [record.teacher_centroids for record in records if record.teacher == modality]
-    taught = [record.centroids for record in records if record.student == modality]
-    return next(iter(own + taught), None)
+    return next(iter(own + [record.centroids for record in records if record.student == modality]), None)
 
 
 def save(records: Sequence[Prototypes], folder: Path) -> None:

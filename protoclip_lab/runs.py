@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from protoclip_lab.storage import write_json, write_text, writing
 # These may change when a run is resumed: none has a say in weights or metrics.
 FREE = {"workers", "processes", "save_every", "tensorboard", "wandb", "run", "draw_every"}
 CHECKSUMS = "checksums.json"
+KEYS = ("checkpoint", "dataset", "measure")  # of a row of evaluation.jsonl
 
 
 class Run:
@@ -52,10 +52,9 @@ class Run:
         """
         path, wanted = Path(config.run), config.model_dump(mode="json")
         if (path / "config.json").exists():
-            found = cls(path).config.model_dump(mode="json")
-            other = [name for name in wanted if name not in FREE and found[name] != wanted[name]]
-            listed = ", ".join(f"{name} = {found[name]!r} there, {wanted[name]!r} asked for" for name in other)
-            require(not listed, f"{path.absolute()} holds a run with other settings: {listed}. Choose another run folder.")
+            old = cls(path).config.model_dump(mode="json", exclude=FREE)
+            other = [f"{name} = {old[name]!r} there, {wanted[name]!r} asked for" for name in old if old[name] != wanted[name]]
+            require(not other, f"{path.absolute()} holds a run with other settings: {', '.join(other)}. Choose another run folder.")
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "environment.json", _environment(config))
@@ -150,9 +149,8 @@ def checkpoint_name(episode: int, step: int = 0) -> str:
 
 def record_evaluations(folder: Path, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Add rows to a folder's ``evaluation.jsonl`` and return all; a measure taken again replaces its last value."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = itemgetter("checkpoint", "dataset", "measure")
-    return _evaluations(_rewrite(folder / "evaluation.jsonl", lambda old: {keys(row): row for row in [*old, *rows]}.values()))
+    changed = _rewrite(folder / "evaluation.jsonl", lambda old: {tuple(map(row.get, KEYS)): row for row in [*old, *rows]}.values())
+    return _evaluations(changed)
 
 
 def pairs_of(run: Run) -> pairs.Pairs:
@@ -249,7 +247,7 @@ def keep(figure: Any, output: str | Path, name: str) -> Any:
 
 
 def _evaluations(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=["checkpoint", "dataset", "measure", "value", "low", "high"])
+    table = pd.DataFrame(rows, columns=[*KEYS, "value", "low", "high"])
     return table.astype({"value": float, "low": float, "high": float})
 
 
@@ -268,9 +266,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _cell(found: pd.DataFrame) -> str:
-    if len(found) > 1:
-        return f"{found['value'].mean():.2f} ± {found['value'].std():.2f}"
-    return _interval(*found.iloc[0])
+    return f"{found['value'].mean():.2f} ± {found['value'].std():.2f}" if len(found) > 1 else _interval(*found.iloc[0])
 
 
 def _interval(value: float, low: float, high: float, sign: str = "") -> str:

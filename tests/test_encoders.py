@@ -198,6 +198,14 @@ def test_heads_that_do_not_fit_their_description_are_refused(tmp_path):
         encoders.load(folder)
 
 
+@pytest.mark.parametrize("objective", ["clip", "protoclip"])
+def test_a_checkpoint_without_its_towers_is_refused_not_drawn_at_random(objective, tmp_path):
+    folder = save(make(model="ViT-mini", objective=objective), tmp_path / "checkpoint")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="(?s)checkpoint holds no weights of .* Name another"):
+        encoders.load(folder)
+
+
 def test_encoding_is_in_eval_mode_and_does_not_depend_on_the_batch_size(tmp_path):
     pairs = open_pairs(tmp_path, size=24, image_size=32)
     model = make(model="RN-mini").train()

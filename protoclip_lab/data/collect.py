@@ -9,13 +9,14 @@ import pandas as pd
 from protoclip_lab.config import require
 
 
-def collect(urls: str | Path, out: str | Path, **options: Any) -> pd.Series:
-    """Download the images of a list into WebDataset shards, ``out/shards``, which 01_prepare_data and 03_train take as a table.
+def collect(urls: str | Path, output: str | Path = "", **options: Any) -> pd.Series:
+    """Download the images of a list into WebDataset shards, ``output/shards``, which 01_prepare_data and 03_train take as a table.
 
-    Called again it goes on with the shards that are not finished. What could not be had is listed in ``out/failed.tsv``.
+    Called again it goes on with the shards that are not finished. What could not be had is listed in ``output/failed.tsv``.
 
     Args:
-        urls: TSV or CSV with the columns "caption" and "url", or of two columns without a header, in any order.
+        urls: TSV with the columns "caption" and "url", or of two columns without a header, in any order.
+        output: folder; empty takes the list's name without its suffix.
         options: of ``img2dataset.download``, such as image_size, processes_count, timeout, retries or distributor.
 
     Returns:
@@ -27,9 +28,8 @@ def collect(urls: str | Path, out: str | Path, **options: Any) -> pd.Series:
     """
     from img2dataset import download
 
-    out, comma = Path(out), Path(urls).suffix.lower() == ".csv"
-    how = {"sep": ",", "quoting": csv.QUOTE_MINIMAL} if comma else {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    table = pd.read_csv(urls, header=None, dtype=str, keep_default_na=False, on_bad_lines="warn", **how)
+    out = Path(output or Path(urls).with_suffix(""))
+    table = pd.read_csv(urls, sep="\t", quoting=csv.QUOTE_NONE, header=None, dtype=str, keep_default_na=False, on_bad_lines="warn")
     columns = table.iloc[0].tolist()
     if "url" in columns:
         table = table.drop(0)

@@ -83,14 +83,13 @@ def test_what_can_be_had_becomes_pairs_and_the_rest_is_listed_with_its_cause(ser
 
 
 def test_called_again_it_asks_for_nothing_that_is_there(server, tmp_path):
-    urls = write_list(tmp_path / "cc12m.csv", server, '{url},"{caption}"\n'.replace('"{caption}"', "{caption}"), "url,caption\n")
-    urls.write_text(urls.read_text().replace('a "quoted', "a"), "utf-8")
+    urls = write_list(tmp_path / "cc12m.tsv", server, "{url}\t{caption}\n", "url\tcaption\n")
     Unkind.done.set()
     options = {"processes_count": 1, "thread_count": 4, "retries": 0, "image_size": 32}
-    first = collect(urls, tmp_path / "out", **options)
+    first = collect(urls, **options)
     asked = len(server.asked)
     assert asked == len(ROWS) and first["success"] == 5  # nobody is slow now
-    pd.testing.assert_series_equal(collect(urls, tmp_path / "out", **options), first)
+    pd.testing.assert_series_equal(collect(urls, tmp_path / "cc12m", **options), first)
     assert len(server.asked) == asked
 
 

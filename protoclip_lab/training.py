@@ -29,8 +29,7 @@ from tqdm.auto import tqdm
 from protoclip_lab import clustering, encoders, prototypes, teachers
 from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.data.batches import Augmentation, Batches, Episodes, Reader
-from protoclip_lab.data.pairs import BAD_ROWS
-from protoclip_lab.data.stream import Stream
+from protoclip_lab.data.pairs import BAD_ROWS, Stream
 from protoclip_lab.evaluation import suite
 from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from protoclip_lab.config import require
-from protoclip_lab.data.pairs import Pairs
-from protoclip_lab.data.stream import folder_of
+from protoclip_lab.data.pairs import Pairs, folder_of
 from protoclip_lab.randomness import derive, numpy_generator, torch_generator
 
 
@@ -135,7 +134,7 @@ class Batches(Dataset):
     the order of the rows nor the process that reads them can change it.
 
     Args:
-        pairs: the table; or a run's folder whose pairs are streamed, see :class:`protoclip_lab.data.stream.Stream`.
+        pairs: the table; or a run's folder whose pairs are streamed, see :class:`protoclip_lab.data.pairs.Stream`.
         transforms: an augmentation, or PIL image -> tensor, by name.
         tokenizer: captions -> tokens.
         seed: of the run.

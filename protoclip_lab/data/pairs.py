@@ -1,31 +1,40 @@
-"""Image-text pairs: a training table and its images, checked once and then held in Arrow."""
+"""Image-text pairs: a table, shards or a stream of them, checked once and then held in Arrow with their images at hand."""
 
 import csv
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
-from datasets import Dataset, disable_progress_bars, load_from_disk
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
-from protoclip_lab.config import require, require_known
-from protoclip_lab.data.shards import NO_PLACE, PLACE, Position, Shards, index_tar, is_sharded
-from protoclip_lab.storage import write_json, write_text
+from protoclip_lab.config import TrainConfig, require, require_known
+from protoclip_lab.randomness import numpy_generator
+from protoclip_lab.storage import write_json, write_text, writing
 
 BAD_ROWS = "bad_rows.jsonl"
+IMAGES = "images"  # file of what was copied out of Parquet files and from the hub
+PLACE = ("_tar", "_offset", "_size")  # columns: of an image, a file below the root, and where in it
+NO_PLACE = ("", 0, -1)  # of an image that is a file of its own
+Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
+_HUB_NAME = re.compile("hf://datasets/([^/]+/[^/]+)/?(.+)?$")
 
 
 class Pairs(Sequence):
@@ -47,7 +56,7 @@ class Pairs(Sequence):
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
         self.root = self.folder / about["root"]  # which is that root, or the folder itself
-        self._whole = load_from_disk(str(self.folder / "table")).data.table
+        self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_tar", "_offset", "_size"]).combine_chunks()
         self.columns = self._whole.column_names
@@ -116,6 +125,25 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
         raise OSError(f"{root / name} is not a readable image: {error}. {remedy}") from error
 
 
+def index_tar(path: str | Path, below: str = "") -> dict[str, tuple[str, int, int]]:
+    """Where each regular member of an uncompressed tar is, by name: one scan, nothing extracted.
+
+    Args:
+        below: the tar's name below the root of the images; empty where the tar is the root.
+
+    Returns:
+        That name, offset and size.
+
+    Raises:
+        ValueError: it is compressed, cut short or no tar.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {member.name.removeprefix("./"): (below, member.offset_data, member.size) for member in tar if member.isreg()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
+
+
 def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     """A TSV, CSV or Parquet table, all columns as text.
 
@@ -150,6 +178,94 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
     return pa.table(columns, schema=pa.schema(dict.fromkeys(header, pa.string()) | {"_row": pa.int64()})), bad
 
 
+class Shards:
+    """Samples of a source in shards; a shard is a tar, or a row group of a Parquet file.
+
+    Args:
+        source: a folder of WebDataset tars as img2dataset writes them, where members of one name up to its first dot are
+            one sample; a Parquet file or a folder of them, whose images lie in a column; or hf://datasets/NAME, with the
+            name of a configuration after one more slash where it has several.
+        columns: of images, in Parquet files and on the hub, and of captions. A list of captions makes as many samples.
+        where: its "split" is one of the source's splits, if it has several.
+        seed: shards come in another order in each pass; None leaves them in theirs.
+
+    Raises:
+        ValueError: no such column or split.
+    """
+
+    def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
+        self.source, self.wanted, self.seed = source, columns, seed
+        self.tars = sorted(Path(source).glob("*.tar"))
+        self.files = self.tars or sorted(Path(source).rglob("*.parquet"))
+        # Where the images are: copied ones beside the table they are for.
+        self.root, self.columns = (Path(source).absolute(), columns) if self.tars else (Path(), ("filepath", "title"))
+        if not self.tars:
+            named = _HUB_NAME.match(source)
+            name, file = (named.groups() if named else (source, None)), None
+            if Path(source).is_file():
+                name, file = ("parquet",), source
+            found = datasets.load_dataset(*name, data_files=file, streaming=True)
+            split = next(iter(found)) if len(found) == 1 else str(where.get("split"))
+            require_known(
+                split, found, f"{source} has the splits {[*found]}, not {split!r}: say which, e.g. where={{'split': 'train'}}"
+            )
+            self.split = {"split": split} if "split" in where else {}
+            for column in columns:
+                require_known(column, found[split].column_names, f"{source} has no column {column!r}")
+            self.data = found[split].cast_column(columns[0], datasets.Image(decode=False)).reshard()
+
+    def __len__(self) -> int:
+        return len(self.tars) or self.data.num_shards
+
+    def take(self, out: Path, position: Position, most: int, limit: int) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
+        """The samples after a position, at most so many and none of pass ``limit``; images in no tar are copied into ``out``.
+
+        Returns:
+            A table of texts and vectors of float: "filepath", a column for each member or field, "_row" (in its shard), and
+            PLACE; what cannot be read: row, path, reason; the position after them.
+        """
+        tables, bad, (past, shard, row) = [], [], position
+        while most > 0 and past < limit:
+            order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
+            rows, copied, count = [], {}, 0
+            for fields, image, fault in islice(self._samples(order[shard]), row, row + most):
+                path, count = fields["filepath"], count + 1
+                if isinstance(image, bytes):
+                    image = copied[path] = copied.get(path) or _append(out / IMAGES, image)
+                if fault:
+                    bad.append((row + count, path, fault))
+                else:
+                    rows.append(fields | dict(zip(PLACE, image, strict=True)) | {"_row": row + count})
+            names = dict.fromkeys(name for fields in rows for name in fields)
+            tables.append(pa.table({name: [fields.get(name) for fields in rows] for name in names}))
+            shard, row = (shard, row + count) if count == most else (shard + 1, 0)
+            past, shard, most = past + shard // len(self), shard % len(self), most - count
+        return pa.concat_tables(tables, promote_options="default"), bad, (past, shard, row)
+
+    def _samples(self, index: int) -> Iterator[tuple[dict[str, Any], tuple | bytes, str]]:
+        """Fields, the image or its place, and what is wrong, of each sample of a shard."""
+        if self.tars:
+            yield from _tar_samples(self.tars[index])
+            return
+        for row in self.data.shard(len(self), index):
+            image, captions = (row.pop(name) for name in self.wanted)
+            image = (image or {}).get("bytes") or b""
+            # By its content: captions may come as several rows with the same image.
+            fields = self.split | {name: _field(value) for name, value in row.items()}
+            fields["filepath"] = f"{index:05d}/{hashlib.sha256(image).hexdigest()[:20]}"
+            for caption in captions if isinstance(captions, list) else [captions]:
+                yield fields | {"title": _field(caption)}, image, ""
+
+
+def is_sharded(source: str, image_column: str) -> bool:
+    """Whether this is a source in shards, with the images in them, and not a table of their paths."""
+    path = Path(source)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        schema = parquet.ParquetDataset(path).schema
+        return image_column in schema.names and not pa.types.is_string(schema.field(image_column).type)
+    return bool(_HUB_NAME.match(source)) or any(path.glob("*.tar")) or any(path.glob("**/*.parquet"))
+
+
 def prepare(
     table: str | Path,
     out: str | Path,
@@ -167,7 +283,7 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file; a source of :class:`protoclip_lab.data.shards.Shards`, whose images are read
+        table: TSV, CSV or Parquet file; a source of `Shards`, whose images are read
             where they lie in tars and copied from elsewhere; or a folder made by this function (then returned as it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
@@ -224,7 +340,7 @@ def hold(
 
     Args:
         out: folder to write; what is there goes.
-        take: as of :class:`protoclip_lab.data.shards.Shards`, without its folder.
+        take: as of `Shards`, without its folder.
         about: for ``pairs.json``: "source", "root" of the images and whatever else is to be known; "next" is added, the
             position after them.
         columns: of image paths and of captions.
@@ -261,11 +377,65 @@ def hold(
     # The table's other columns stay beside our own.
     own = {"filepath": paths, "title": captions, "_image": image_ids}
     own |= {name: rows[name] for name in rows.column_names if name not in (*own, *columns)}
-    disable_progress_bars()  # of the library's own: one line for a write of seconds
-    Dataset(pa.table(own)).save_to_disk(str(out / "table"))
+    datasets.disable_progress_bars()  # of the library's own: one line for a write of seconds
+    datasets.Dataset(pa.table(own)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
     write_json(out / "pairs.json", about | {"fingerprint": fingerprint(paths, captions), "bad_rows": len(bad), "next": position})
     return Pairs(out)
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Where the pairs of a streamed episode lie."""
+    return run / "stream" / f"{number:06d}"
+
+
+class Stream:
+    """The pairs of each episode: the next ``episode_size`` usable ones of the source.
+
+    Each pass takes the shards in another order, a function of the seed alone. The episode is the shuffle buffer: its pairs are
+    learnt in an order of their own. Where a pass ends within an episode, a pair may come twice in it.
+
+    Args:
+        config: of the run.
+        run: its folder; ``run/stream/NUMBER`` holds an episode, and ``run/stream/bad_rows_NUMBER.jsonl`` stays.
+
+    Attributes:
+        size: pairs of an episode.
+        starts: where in the stream the present episode begins, and the next, by number: for checkpoints.
+
+    Raises:
+        ValueError: the table is no source in shards.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path) -> None:
+        table, columns = config.table, (config.image_column, config.caption_column)
+        require(is_sharded(table, columns[0]), f"{table} is no folder of shards, nor a data set of the hub: stream = False reads it")
+        self.config, self.run, self.size = config, run, config.episode_size
+        self.shards = Shards(table, columns, config.where, config.seed)
+        self.starts = {"1": [0, 0, 0]}
+
+    def open(self, number: int) -> Pairs:
+        """The pairs of an episode, fetched unless they are there; those of others go.
+
+        Raises:
+            ValueError: too many samples are bad, or a pass has fewer that are usable than an episode.
+        """
+        out, start, config = folder_of(self.run, number), self.starts[str(number)], self.config
+        if not (out / "pairs.json").exists() or Pairs(out).about["start"] != start:
+            for old in out.parent.glob("*/"):
+                shutil.rmtree(old)
+            about = {"source": config.table, "root": str(self.shards.root), "start": start}
+            chosen = {"where": config.where, "max_bad_share": config.max_bad_share}
+            hold(out, partial(self.shards.take, out), about, self.shards.columns, self.size, start=start, **chosen)
+            shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
+        pairs = Pairs(out)
+        require(len(pairs) == self.size, f"a pass over {config.table} has {len(pairs)} usable pairs: lower episode_size to that")
+        self.starts = {str(number): start, str(number + 1): pairs.about["next"]}
+        return pairs
+
+    def ids(self, number: int) -> np.ndarray:
+        """Row numbers of the episode's pairs in the order they are learnt, (size,) int64."""
+        return numpy_generator(self.config.seed, "stream", number).permutation(self.size)
 
 
 def _chosen(rows: pa.Table, where: Mapping[str, object], source: str | Path) -> pa.Table:
@@ -276,6 +446,41 @@ def _chosen(rows: pa.Table, where: Mapping[str, object], source: str | Path) -> 
         values = [str(value) for value in (wanted if isinstance(wanted, list | tuple) else [wanted])]
         rows = rows.filter(pc.is_in(_column(rows, column, source), pa.array(values)))
     return rows
+
+
+def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
+    samples: dict[str, dict] = defaultdict(dict)
+    for name, place in index_tar(shard, shard.name).items():
+        key = re.sub(r"\.[^/]*$", "", name)
+        samples[key][name.removeprefix(f"{key}.")] = place
+    with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        for key, parts in samples.items():
+            kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
+            fields, fault = {"filepath": f"{shard.name}/{key}.{kind}", "title": ""}, ""
+            for member, (_, start, size) in parts.items():
+                data = whole[start : start + size] if member in ("txt", "json") or member.endswith("npy") else b""
+                try:
+                    if member == "txt":
+                        fields["title"] = data.decode(errors="replace")
+                    elif member == "json":
+                        fields = {name: _field(value) for name, value in json.loads(data).items()} | fields
+                    elif data:
+                        fields[member] = np.load(BytesIO(data), allow_pickle=False).ravel()
+                except (ValueError, AttributeError) as error:
+                    fault = f"unreadable .{member}: {error}"
+            yield fields, parts.get(kind, NO_PLACE), fault
+
+
+def _append(path: Path, data: bytes) -> tuple[str, int, int]:
+    with writing(path), path.open("ab") as file:
+        return IMAGES, file.tell(), file.write(data)
+
+
+def _field(value: Any) -> Any:
+    """As text; a vector of float stays one."""
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return value
+    return "" if value is None else str(value)
 
 
 def _fault(root: Path, image: tuple[str, tuple]) -> str:

@@ -12,7 +12,7 @@ from helpers import encoded, npy, picture, run_training, toy_settings, train_and
 
 from protoclip_lab import teachers
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data.stream import Stream
+from protoclip_lab.data.pairs import Stream
 from protoclip_lab.runs import Run, pairs_of
 from protoclip_lab.snapshot import open_snapshot
 from protoclip_lab.training import train

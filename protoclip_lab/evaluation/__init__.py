@@ -50,19 +50,17 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
     return F.normalize(features, dim=1) if normalise else features
 
 
-def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
-    """Labels of any kind -> (rows,) array; ValueError when there is not one for each row."""
+def as_labels(values: Any, rows: int, name: str, *, below: int | None = None) -> np.ndarray:
+    """Labels of any kind, or whole numbers from 0 to ``below`` - 1 -> (rows,) array.
+
+    Raises:
+        ValueError: there is not one for each row, or no such number, with the first such row.
+    """
     labels = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     require(labels.shape == (rows,), f"{name} has shape {labels.shape}, its features have {rows} rows: one label a row is needed")
+    if below and len(wrong := np.flatnonzero(~np.isin(labels, np.arange(below)))):
+        raise ValueError(f"{name} is {labels[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
     return labels
-
-
-def as_indices(values: Any, rows: int, below: int, name: str) -> Tensor:
-    """Whole numbers from 0 to ``below`` - 1 -> (rows,) int64; ValueError names the first that is not."""
-    indices = as_labels(values, rows, name)
-    if len(wrong := np.flatnonzero(~np.isin(indices, np.arange(below)))):
-        raise ValueError(f"{name} is {indices[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
-    return torch.from_numpy(indices.astype(np.int64))
 
 
 def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +73,7 @@ def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tens
     pairs = range(len(text)) if image_of_caption is None else image_of_caption
     if image.shape[1] != text.shape[1] or (image_of_caption is None and len(image) != len(text)):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit, or image_of_caption is missing")
-    return image, text, as_indices(pairs, len(text), len(image), "image_of_caption").to(image.device)
+    return image, text, torch.as_tensor(as_labels(pairs, len(text), "image_of_caption", below=len(image)), device=image.device).long()
 
 
 class Estimate(float):
@@ -206,7 +204,7 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
     image = as_features(image, "image", normalise=True)
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
     classes = classifier.shape[1]
-    labels = as_indices(labels, len(image), classes, "labels").numpy()
+    labels = as_labels(labels, len(image), "labels", below=classes)
     top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))]
     correct = torch.cat(top).cpu().numpy() == labels[:, None]
     return accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)

@@ -229,7 +229,7 @@ def test_model_of_the_workbench_is_evaluated(folders, table, tmp_path):
         {"name": "colours", "images": str(folders / "test"), "train_images": str(folders / "train")},
         {"name": "world", "table": str(table), "image_root": root, "where": {"split": "test"}},
     ]
-    rows = suite.evaluate(model, sets, tmp_path, batch_size=16, draws=20)
+    rows = suite.evaluate(model, sets, tmp_path, draws=20)
     assert all(np.isfinite(row["value"]) for row in rows)
     measures = {row["measure"].partition("@")[0] for row in rows}
     assert {"zero_shot_top1", "knn_accuracy", "retrieval_mean_recall", "gap", "gap_sweep_mean_recall"} <= measures

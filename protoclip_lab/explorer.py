@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from IPython import display, get_ipython
 from ipywidgets import HTML, Box, Button, Dropdown, Output, Text, VBox, link
-from matplotlib.figure import Figure
 
 from protoclip_lab import encoders, plots
 from protoclip_lab.runs import Run
@@ -173,7 +172,7 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self._place, self._shown, self._next = display.DisplayHandle().display_id, False, 0.0
+        self._next, self._place = 0.0, display.display(display.HTML(), display_id=True)
 
     def __call__(self, run: Run) -> None:
         """Draw anew, unless that was done just now: a fiftieth of the time is spent on it, however long the run."""
@@ -182,11 +181,10 @@ class Live:
             self.draw(run)
             self._next = begin + max(2.0, 50 * (time.monotonic() - begin))
 
-    def draw(self, run: Run) -> Figure:
+    def draw(self, run: Run) -> plots.Figure:
         """Losses, prototype accuracies and gap so far, shown in the figure's place."""
         figure = plots.training_curves(run.metrics(), run.config.infonce_warmup_episodes, run.config.lit_start_episode)
-        display.display(figure, display_id=self._place, update=self._shown)
-        self._shown = True
+        self._place.update(figure)
         return figure
 
 

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, evaluation, losses, plots, prototypes, randomness, runs, teachers
@@ -171,11 +169,11 @@ class Snapshot:
     def _look(self) -> dict[str, Any]:
         return {"method": self.method, "seed": self.seed, "paper": self.paper}
 
-    def joint_map(self) -> Figure:
+    def joint_map(self) -> plots.Figure:
         """Joint map of image and text features, the gap between their means."""
         return plots.joint_map(*np.split(self.xy("joint"), 2), self.gap["gap"], **self._look)
 
-    def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
+    def cluster_maps(self, modality: str = "image") -> dict[str, plots.Figure]:
         """Maps of a modality's features: one coloured by prototype, and for each label column one by it and by disagreement."""
         xy, colours = self.xy(modality), self.colourings(modality)
         title = f"{modality}s by {'prototype' if self.records else 'k-means cluster'}"
@@ -184,7 +182,7 @@ class Snapshot:
             made[label] = plots.cluster_map({name: (xy, colours[name]) for name in (label, f"disagreement with {label}")}, **self._look)
         return made
 
-    def maps_through(self) -> tuple[Figure, plots.Animation]:
+    def maps_through(self) -> tuple[plots.Figure, plots.Animation]:
         """The images' maps at the moments of :attr:`through`, each resembling the next: side by side, and as an animation.
 
         Coloured by the label column that agrees best with the prototypes, else by prototype.
@@ -197,7 +195,7 @@ class Snapshot:
         labels, how = self.groupings[by], self._look | {"title": f"Images through training, coloured by {by}"}
         return plots.cluster_map({name: (xy, labels) for name, xy in maps.items()}, **how), plots.moving_map(maps, labels, **how)
 
-    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> Figure:
+    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> plots.Figure:
         """Some prototypes, drawn at random among those with enough members: nearest samples, words, size, purity, twin.
 
         The twin is the prototype back-translated into the other modality: there stand the samples nearest to it.
@@ -220,7 +218,7 @@ class Snapshot:
             rows.append((images, captions, "\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity])))
         return plots.prototype_sheet(*zip(*rows, strict=True), headings=headings, paper=self.paper)
 
-    def soft_targets(self, samples: int = 6) -> Figure:
+    def soft_targets(self, samples: int = 6) -> plots.Figure:
         """For some samples, the soft target of the images' first teacher, and what the image feature makes of it.
 
         Raises:
@@ -233,16 +231,14 @@ class Snapshot:
         temperature = dict(zip(config.teacher_names(), config.teachers, strict=True)).get(record.teacher, config).temperature
         T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
-        p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
+        p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else nn.functional.one_hot(y, len(T))
         q = losses.masked(scale * self.features.image_projection[chosen] @ C.T, record.occupied).softmax(1)
         captions = [self.pairs.caption(row) for row in self.rows[chosen]]
         title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: image (scale {scale:.1f})"
         return plots.soft_targets(captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
-def open_snapshot(
-    run: str | Path, *, checkpoint: str | Path = "", samples: int = 1000, seed: int = 0, output: str | Path = "", **look: Any
-) -> Snapshot:
+def open_snapshot(run: str | Path, *, checkpoint: str | Path = "", samples: int = 1000, seed: int = 0, output="", **look) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
 
     Args:

@@ -12,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.clustering import kmeans
+from protoclip_lab.clustering import BLOCK_ELEMENTS, kmeans
 from protoclip_lab.config import require
 from protoclip_lab.encoders import best_device
 from protoclip_lab.randomness import numpy_generator, torch_generator
 
-# Scores held at once by the blockwise measures: 2**24 float32 are 64 MiB.
-BLOCK_ELEMENTS = 2**24
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
 TIE = 1e-6
-# Shares of the gap by which the sweep brings the modalities together; below 0 it takes them further apart.
-SWEEP = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+# Kept by the gap sweep.
 SWEPT = ("top1", "mean_recall", "image_to_text_R@1", "text_to_image_R@1")
 # L2 strengths to choose from, strongest first, so that each fit starts from the one before it.
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -312,22 +309,21 @@ def separability(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
     return {"separability": linear_probe(both[:half], sides[:half], both[half:], sides[half:], draws=draws, seed=seed)["accuracy"]}
 
 
-def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates], shares: Sequence[float] = SWEEP) -> Estimates:
+def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates]) -> Estimates:
     """What zero-shot or retrieval gives with the modalities moved along the gap towards each other, and normalised again.
 
     Args:
         image, text: (N, d), (M, d); L2-normalised first.
         measure: (image, text) -> values; those named in ``SWEPT`` are kept.
-        shares: of the gap, by which they come together: at 1 the means meet (before normalising), at -1 the gap is
-            twice as wide.
 
     Returns:
-        Names such as "mean_recall@+0.25": brought together by a quarter of the gap.
+        Names such as "mean_recall@+0.25": brought together by a quarter of the gap. At 1 the means meet (before
+        normalising), at -1 the gap is twice as wide.
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053), section 4.
     """
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
-    steps = {share: share / 2 * (image.mean(dim=0) - text.mean(dim=0)) for share in shares}
+    steps = {share: share / 2 * (image.mean(dim=0) - text.mean(dim=0)) for share in np.linspace(-1, 1, 9).tolist()}
     found = {share: measure(F.normalize(image - step, dim=1), F.normalize(text + step, dim=1)) for share, step in steps.items()}
     return {f"{name}@{share:+.2f}": v for share, values in found.items() for name, v in values.items() if name in SWEPT}
 
@@ -506,7 +502,7 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
     """
     x = as_features(features, "features").cpu()
     classes, y = np.unique(as_labels(labels, len(x), "labels"), return_inverse=True)
-    sphere = torch.nn.functional.normalize(x.double(), dim=1)
+    sphere = F.normalize(x.double(), dim=1)
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         same = sum(pair_cosines(sphere[y == c], weights[:, y == c]) for c in range(len(classes)))

@@ -156,9 +156,7 @@ def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
         return prepare(**arguments, out=folder / key)
 
 
-def _measured(
-    measure: str, given: EvaluationSet, test: Labelled, train: Labelled | None, features: Callable, records, **options
-) -> evaluation.Estimates:
+def _measured(measure: str, given: EvaluationSet, test: Labelled, train: Any, features: Callable, records: Sequence, **options) -> dict:
     """One measure of one list of images: by their captions, by their classes, the sweep by both; nothing without either."""
     found = {}
     if measure in ("retrieval", "gap", "gap_sweep") and isinstance(test.images, PairImages):

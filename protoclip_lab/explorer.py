@@ -42,8 +42,7 @@ def explore(run: str | Path, *, other: str | Path = "", checkpoint: str | Path =
     """
     shown = [open_snapshot(run, checkpoint=checkpoint, **options)] + ([open_snapshot(other, **options)] if other else [])
     if shown[0].pairs.fingerprint != shown[-1].pairs.fingerprint:
-        tables = " and ".join(f"{s.run.path} has {s.pairs.source} ({len(s.pairs):,} pairs, {s.pairs.fingerprint[:4]}…)" for s in shown)
-        raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
+        raise ValueError(f"{run} and {other} need one table, not {[(s.pairs.source, len(s.pairs), s.pairs.fingerprint) for s in shown]}")
     if not _attended():
         return display.display(*(snapshot.sheet(modality="text") for snapshot in shown))
     views = [View(snapshot, options) for snapshot in shown]
@@ -125,9 +124,7 @@ class View(VBox):
         # By number of the sample: "both" has each twice.
         self.table = pd.concat([table] * len(kinds)).assign(modality=plots.told_apart(np.repeat(kinds, len(table)), 2))
         xy = snapshot.xy(self.modality.value)
-        low, high = xy.min(axis=0), xy.max(axis=0)
-        self.table[["x", "y"]] = (2 * xy - low - high) / (high - low)
-        self.prototype.value = None
+        self.table[["x", "y"]] = 2 * (xy - xy.min(axis=0)) / np.ptp(xy, axis=0) - 1
         self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in pd.Series(self.assigned).value_counts().items()}
 
     def _draw(self, change: dict) -> None:

@@ -40,8 +40,7 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
     """
     values = np.require(values, requirements="W") if isinstance(values, np.ndarray) else values  # torch warns of read-only memory
     features = torch.as_tensor(values).detach().float()
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{name} has shape {tuple(features.shape)}: expected (rows, dimensions), at least one of each")
+    require(features.ndim == 2 and features.numel(), f"{name} has shape {[*features.shape]}: rows and dimensions are needed")
     if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
         raise ValueError(f"{name} has NaN or Inf, first in row {int(bad[0])}: unreadable, or the model has diverged")
     return F.normalize(features, dim=1) if normalise else features

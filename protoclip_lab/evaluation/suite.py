@@ -27,7 +27,6 @@ from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
 log = logging.getLogger(__name__)
 
 MEASURES = ("zero_shot", "linear_probe", "knn", "grouping", "retrieval", "gap", "gap_sweep")
-SEEDS = 3  # of the k-means that grouping is measured by
 
 
 class EvaluationSet(Settings):
@@ -92,8 +91,7 @@ def evaluate(
         ValueError: a setting that does not fit.
     """
     sets = [EvaluationSet.model_validate(given) for given in sets]
-    names = [given.name for given in sets]
-    require(len({*names}) == len(sets), f"evaluation sets need a name each, these are {names}")
+    require(len({given.name for given in sets}) == len(sets), f"evaluation sets need a name each: {[given.name for given in sets]}")
     todo, rows = [], []
     for given in sets:
         try:
@@ -151,9 +149,8 @@ def _opened(given: EvaluationSet, folder: Path) -> tuple[list[Labelled], Labelle
 
 def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
     # Sets that differ in their labels alone share a preparation.
-    key = fingerprint([str(arguments)], [""])[:16]
     with FileLock(folder / "lock"):  # a training and its watcher may both be at it
-        return prepare(**arguments, out=folder / key)
+        return prepare(**arguments, out=folder / fingerprint([str(arguments)], [""])[:16])
 
 
 def _measured(measure: str, given: EvaluationSet, test: Labelled, train: Any, features: Callable, records: Sequence, **options) -> dict:
@@ -175,7 +172,7 @@ def _measured(measure: str, given: EvaluationSet, test: Labelled, train: Any, fe
         probe = evaluation.knn if measure == "knn" else partial(evaluation.linear_probe, scaling=given.scaling)
         return probe(x, train_y, z, test_y, **options)
     if measure == "grouping":
-        found = evaluation.grouping(z, labels, seeds=SEEDS, **options) | evaluation.separation(z, labels, **options)
+        found = evaluation.grouping(z, labels, seeds=3, **options) | evaluation.separation(z, labels, **options)
         if (own := prototypes.of_modality(records, "image")) is not None:
             matched = evaluation.agreement(clustering.nearest(h, own), labels, **options)
             found |= {f"prototypes_{name}": value for name, value in matched.items()}
@@ -239,8 +236,8 @@ def evaluate_checkpoint(
     require(run or output, f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
     chosen = _chosen(run, datasets, data_root, sets, **options)
     output, home = Path(output or home), home if run else Path(output)
-    model = encoders.load(source).to(encoders.best_device())
-    rows = evaluate(model, chosen, home, records=prototypes.load(source) if run else [], **options)
+    records = prototypes.load(source) if run else []
+    rows = evaluate(encoders.load(source).to(encoders.best_device()), chosen, home, records=records, **options)
     require(rows, f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
     output.mkdir(parents=True, exist_ok=True)
@@ -266,8 +263,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        found = run.evaluations().groupby("checkpoint")["dataset"].agg(set)
-        done = seen | {checkpoint for checkpoint, names in found.items() if wanted & names}
+        done = seen.union(run.evaluations().query("dataset in @wanted")["checkpoint"])
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
             seen.add(checkpoint.name)

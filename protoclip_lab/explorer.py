@@ -42,7 +42,7 @@ def explore(run: str | Path, *, other: str | Path = "", checkpoint: str | Path =
     """
     shown = [open_snapshot(run, checkpoint=checkpoint, **options)] + ([open_snapshot(other, **options)] if other else [])
     if shown[0].pairs.fingerprint != shown[-1].pairs.fingerprint:
-        raise ValueError(f"{run} and {other} need one table, not {[(s.pairs.source, len(s.pairs), s.pairs.fingerprint) for s in shown]}")
+        raise ValueError(f"{run}, {other} need one table, not {[(s.pairs.source, len(s.pairs), s.pairs.fingerprint) for s in shown]}")
     if not _attended():
         return display.display(*(snapshot.sheet(modality="text") for snapshot in shown))
     views = [View(snapshot, options) for snapshot in shown]

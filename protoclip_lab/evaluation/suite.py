@@ -263,7 +263,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        done = seen.union(run.evaluations().query("dataset in @wanted")["checkpoint"])
+        done = seen | {row.checkpoint for row in run.evaluations().itertuples() if row.dataset in wanted}
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
             seen.add(checkpoint.name)

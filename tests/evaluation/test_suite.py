@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from protoclip_lab import encoders, evaluation, prototypes
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data import shapes
+from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.pairs import prepare
 from protoclip_lab.evaluation import linear_probe, modality_gap, retrieval, suite, zero_shot
 from protoclip_lab.training import train
@@ -125,6 +125,21 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
     expected = modality_gap(image, text)
     assert found["gap"] == pytest.approx(expected["gap"])
     assert found["gap_pair_similarity"] == pytest.approx(expected["pair_similarity"])
+
+
+@pytest.mark.parametrize("count, cores, workers", [(1999, 16, 0), (5000, 16, 2), (50_000, 16, 8), (50_000, 2, 1), (50_000, 1, 0)])
+def test_many_images_are_read_by_processes_of_their_own(tmp_path, monkeypatch, count, cores, workers):
+    class Zeros(downstream.Images):
+        fingerprint = "zeros"
+
+        def __init__(self):
+            self.names = range(count)
+
+    asked, z = [], torch.zeros(1, 1)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(encoders, "encode_images", lambda *_, **options: asked.append(options) or encoders.Outputs(z, None, z, None))
+    suite._encoded(None, "none", tmp_path, Zeros())
+    assert asked == [{"workers": workers}]
 
 
 def test_image_with_several_captions_is_encoded_once(encoded, table, tmp_path):

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from IPython import display, get_ipython
 from ipywidgets import HTML, Box, Button, Dropdown, Output, Text, VBox, link
-from matplotlib.figure import Figure
 
 from protoclip_lab import encoders, plots
 from protoclip_lab.runs import Run
@@ -43,8 +42,7 @@ def explore(run: str | Path, *, other: str | Path = "", checkpoint: str | Path =
     """
     shown = [open_snapshot(run, checkpoint=checkpoint, **options)] + ([open_snapshot(other, **options)] if other else [])
     if shown[0].pairs.fingerprint != shown[-1].pairs.fingerprint:
-        tables = " and ".join(f"{s.run.path} has {s.pairs.source} ({len(s.pairs):,} pairs, {s.pairs.fingerprint[:4]}…)" for s in shown)
-        raise ValueError(f"two runs are shown on the same samples, so they need one table: {tables}")
+        raise ValueError(f"{run}, {other} need one table, not {[(s.pairs.source, len(s.pairs), s.pairs.fingerprint) for s in shown]}")
     if not _attended():
         return display.display(*(snapshot.sheet(modality="text") for snapshot in shown))
     views = [View(snapshot, options) for snapshot in shown]
@@ -126,9 +124,7 @@ class View(VBox):
         # By number of the sample: "both" has each twice.
         self.table = pd.concat([table] * len(kinds)).assign(modality=plots.told_apart(np.repeat(kinds, len(table)), 2))
         xy = snapshot.xy(self.modality.value)
-        low, high = xy.min(axis=0), xy.max(axis=0)
-        self.table[["x", "y"]] = (2 * xy - low - high) / (high - low)
-        self.prototype.value = None
+        self.table[["x", "y"]] = 2 * (xy - xy.min(axis=0)) / np.ptp(xy, axis=0) - 1
         self.prototype.options = {f"{self.names[p]} ({size:,})": p for p, size in pd.Series(self.assigned).value_counts().items()}
 
     def _draw(self, change: dict) -> None:
@@ -173,7 +169,7 @@ class Live:
     """
 
     def __init__(self) -> None:
-        self._place, self._shown, self._next = display.DisplayHandle().display_id, False, 0.0
+        self._next, self._place = 0.0, display.display(display.HTML(), display_id=True)
 
     def __call__(self, run: Run) -> None:
         """Draw anew, unless that was done just now: a fiftieth of the time is spent on it, however long the run."""
@@ -182,11 +178,10 @@ class Live:
             self.draw(run)
             self._next = begin + max(2.0, 50 * (time.monotonic() - begin))
 
-    def draw(self, run: Run) -> Figure:
+    def draw(self, run: Run) -> plots.Figure:
         """Losses, prototype accuracies and gap so far, shown in the figure's place."""
         figure = plots.training_curves(run.metrics(), run.config.infonce_warmup_episodes, run.config.lit_start_episode)
-        display.display(figure, display_id=self._place, update=self._shown)
-        self._shown = True
+        self._place.update(figure)
         return figure
 
 

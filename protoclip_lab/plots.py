@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 
 from protoclip_lab import randomness
 from protoclip_lab.config import require
 
-# Colours, matplotlib's settings for a notebook and for a paper, and what methods of maps are called: see the file.
+# Colours, matplotlib's settings for a notebook and for a paper, what methods of maps are called and take: see the file.
 LOOK: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "templates" / "plots.yaml").read_text("utf-8"))
 HUES, METHODS = LOOK["hues"], LOOK["methods"]
 PALETTE = [*HUES.values()]
@@ -30,7 +29,7 @@ LINES = matplotlib.cycler(color=PALETTE[:7] * 4, linestyle=("-", "--", "-.", ":"
 OTHERS, GREY = "others", "#BBBBBB"  # what cannot be told apart
 
 
-class _Figure(Figure):
+class Figure(matplotlib.figure.Figure):
     """A figure that a notebook shows by itself: without pyplot nobody else tells the notebook how."""
 
     def savefig(self, *args: Any, **options: Any) -> None:
@@ -40,8 +39,7 @@ class _Figure(Figure):
             super().savefig(*args, **options)
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
+        self.savefig(buffer := io.BytesIO(), format="png")
         return buffer.getvalue()
 
 
@@ -94,8 +92,7 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0, like: np
 
         # From a map that is there already, in small steps: neighbours come out as well, and points stay where they can.
         options |= {"init": "pca"} if like is None else {"init": like, "n_epochs": 100, "learning_rate": 0.1}
-        bar = {"disable": False, "desc": "UMAP", "mininterval": 2, "leave": False}
-        xy = UMAP(n_neighbors=min(15, len(features) - 1), n_jobs=1, tqdm_kwds=bar, **options).fit_transform(features)
+        xy = UMAP(n_neighbors=min(15, len(features) - 1), **LOOK["umap"], **options).fit_transform(features)
     if like is not None:
         centre = like.mean(axis=0)
         xy = procrustes(like, xy)[1] * np.linalg.norm(like - centre) + centre  # procrustes gives both at unit size
@@ -196,7 +193,7 @@ def prototype_sheet(images: Sequence, captions: Sequence, names: Sequence[str], 
     """
     width, columns = matplotlib.rcParams["figure.figsize"][0], max(map(len, images))
     cell = 0.84 * width / columns
-    figure = _Figure(figsize=(width, (cell + 0.5) * len(images) + 0.3))
+    figure = Figure(figsize=(width, (cell + 0.5) * len(images) + 0.3))
     bare = {"frame_on": False, "xticks": [], "yticks": []}
     grid = figure.subplots(len(images), columns + 1, squeeze=False, width_ratios=[0.16 * width, *[cell] * columns], subplot_kw=bare)
     for (left, *places), row, texts, name in zip(grid, images, captions, names, strict=True):
@@ -223,7 +220,7 @@ def cluster_sizes(sizes: Mapping[str, np.ndarray], **options: Any) -> Figure:
 def heat_map(table: pd.DataFrame, *, title: str = "") -> Figure:
     """A table as colours, 0 white; up to 12 rows and columns with names and numbers. The names of its axes are written."""
     width = min(5.5, matplotlib.rcParams["figure.figsize"][0])
-    figure = _Figure(figsize=(width, 0.8 * width))
+    figure = Figure(figsize=(width, 0.8 * width))
     axes = figure.subplots()
     norm = matplotlib.colors.PowerNorm(0.5, 0, np.nanmax(table), clip=True)  # so that small values are seen beside large ones
     figure.colorbar(axes.imshow(table, cmap="Blues", norm=norm, alpha=0.7))  # pale enough for black numbers
@@ -328,5 +325,5 @@ def _panels(count: int, height: float = 2.5) -> tuple[Figure, list]:
     width = matplotlib.rcParams["figure.figsize"][0]
     columns = min(count, int(width / 2.9))
     rows = -(-count // columns)
-    figure = _Figure(figsize=(width, max(width / 3, height * rows)))
+    figure = Figure(figsize=(width, max(width / 3, height * rows)))
     return figure, [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]

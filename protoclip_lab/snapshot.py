@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, evaluation, losses, plots, prototypes, randomness, runs, teachers
@@ -51,7 +48,9 @@ class Snapshot:
     labels: Sequence[str] = ()
     paper: bool = False
 
-    @property
+    def __post_init__(self) -> None:
+        self._look = {"method": self.method, "seed": self.seed, "paper": self.paper}
+
     def gap(self) -> dict[str, float]:
         """:func:`protoclip_lab.evaluation.modality_gap` of the sample."""
         return evaluation.modality_gap(self.features.image, self.features.text)
@@ -61,7 +60,6 @@ class Snapshot:
         """The prototypes in force at the checkpoint; none for plain CLIP."""
         return prototypes.load(self.checkpoint)
 
-    @cached_property
     def through(self) -> dict[str, "Snapshot"]:
         """The same sample at up to ``MOMENTS`` checkpoints of the run, evenly chosen, and this one: oldest first, by name."""
         found, known = self.run.checkpoints(), {self.checkpoint.name: self}
@@ -105,7 +103,6 @@ class Snapshot:
         """A column of the table for the sampled rows, (n,)."""
         return np.array(["" if value is None else value for value in self.pairs.column(column)])[self.rows]
 
-    @cached_property
     def groupings(self) -> dict[str, np.ndarray]:
         """The sample's groupings, (n,) each: image and text prototypes, external teachers' clusters, label columns."""
         names = dict.fromkeys([*prototypes.STUDENTS, *(record.teacher for record in self.records)])
@@ -116,22 +113,19 @@ class Snapshot:
         """AMI of each two of the groupings."""
         from sklearn.metrics import adjusted_mutual_info_score
 
-        return pd.DataFrame({name: pd.factorize(found)[0] for name, found in self.groupings.items()}).corr(adjusted_mutual_info_score)
+        return pd.DataFrame({name: pd.factorize(found)[0] for name, found in self.groupings().items()}).corr(adjusted_mutual_info_score)
 
-    @property
     def overlap(self) -> pd.DataFrame:
         """Samples shared by image and text clusters; the text clusters in the order of the image cluster that holds most of each."""
-        labels = [self.groupings[name] for name in prototypes.STUDENTS]
+        labels = [self.prototypes(name)[0] for name in prototypes.STUDENTS]
         table = pd.crosstab(*labels, rownames=["image cluster"], colnames=["text cluster"])
         return table.iloc[:, table.to_numpy().argmax(axis=0).argsort(kind="stable")]
 
-    @property
     def sizes(self) -> dict[str, np.ndarray]:
         """Members of each cluster in its episode, by teacher; without teachers, of the k-means clusters in the sample."""
         found = {f"{r.teacher} {len(r.centroids)}": np.bincount(r.labels, minlength=len(r.centroids)) for r in self.records}
-        return found or {name: np.bincount(self.groupings[name]) for name in prototypes.STUDENTS}
+        return found or {name: np.bincount(self.prototypes(name)[0]) for name in prototypes.STUDENTS}
 
-    @lru_cache(8)  # noqa: B019
     def xy(self, modality: str = "image") -> np.ndarray:
         """The map of a modality's features h, (n, 2) float32; "joint" maps z of images, then of texts, (2n, 2).
 
@@ -167,15 +161,11 @@ class Snapshot:
             found |= {column: label.to_numpy(), f"disagreement with {column}": np.where(label == commonest, "agrees", "disagrees")}
         return found
 
-    @property
-    def _look(self) -> dict[str, Any]:
-        return {"method": self.method, "seed": self.seed, "paper": self.paper}
-
-    def joint_map(self) -> Figure:
+    def joint_map(self) -> plots.Figure:
         """Joint map of image and text features, the gap between their means."""
-        return plots.joint_map(*np.split(self.xy("joint"), 2), self.gap["gap"], **self._look)
+        return plots.joint_map(*np.split(self.xy("joint"), 2), self.gap()["gap"], **self._look)
 
-    def cluster_maps(self, modality: str = "image") -> dict[str, Figure]:
+    def cluster_maps(self, modality: str = "image") -> dict[str, plots.Figure]:
         """Maps of a modality's features: one coloured by prototype, and for each label column one by it and by disagreement."""
         xy, colours = self.xy(modality), self.colourings(modality)
         title = f"{modality}s by {'prototype' if self.records else 'k-means cluster'}"
@@ -184,20 +174,20 @@ class Snapshot:
             made[label] = plots.cluster_map({name: (xy, colours[name]) for name in (label, f"disagreement with {label}")}, **self._look)
         return made
 
-    def maps_through(self) -> tuple[Figure, plots.Animation]:
-        """The images' maps at the moments of :attr:`through`, each resembling the next: side by side, and as an animation.
+    def maps_through(self) -> tuple[plots.Figure, plots.Animation]:
+        """The images' maps at the moments of :meth:`through`, each resembling the next: side by side, and as an animation.
 
         Coloured by the label column that agrees best with the prototypes, else by prototype.
         """
         maps: dict[str, np.ndarray] = {}
-        for moment, then in reversed(self.through.items()):
+        for moment, then in reversed(self.through().items()):
             how = {"method": self.method, "seed": self.seed, "like": next(iter(maps.values()), None)}
             maps = {moment: plots.embed(then.features.image_projection.numpy(), **how)} | maps
         by = max(self.labels, key=lambda label: self.agreement.loc["image", label], default="image")
-        labels, how = self.groupings[by], self._look | {"title": f"Images through training, coloured by {by}"}
+        labels, how = self.groupings()[by], self._look | {"title": f"Images through training, coloured by {by}"}
         return plots.cluster_map({name: (xy, labels) for name, xy in maps.items()}, **how), plots.moving_map(maps, labels, **how)
 
-    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> Figure:
+    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> plots.Figure:
         """Some prototypes, drawn at random among those with enough members: nearest samples, words, size, purity, twin.
 
         The twin is the prototype back-translated into the other modality: there stand the samples nearest to it.
@@ -220,7 +210,7 @@ class Snapshot:
             rows.append((images, captions, "\n".join([names[chosen], f"{sizes[chosen]} of {len(assigned):,}", *purity])))
         return plots.prototype_sheet(*zip(*rows, strict=True), headings=headings, paper=self.paper)
 
-    def soft_targets(self, samples: int = 6) -> Figure:
+    def soft_targets(self, samples: int = 6) -> plots.Figure:
         """For some samples, the soft target of the images' first teacher, and what the image feature makes of it.
 
         Raises:
@@ -233,16 +223,14 @@ class Snapshot:
         temperature = dict(zip(config.teacher_names(), config.teachers, strict=True)).get(record.teacher, config).temperature
         T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
-        p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else F.one_hot(y, len(T))
+        p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else nn.functional.one_hot(y, len(T))
         q = losses.masked(scale * self.features.image_projection[chosen] @ C.T, record.occupied).softmax(1)
         captions = [self.pairs.caption(row) for row in self.rows[chosen]]
         title = f"Teacher: {record.teacher} (τ = {temperature:g}) · student: image (scale {scale:.1f})"
         return plots.soft_targets(captions, self.names(record.teacher), p.numpy(), q.numpy(), title=title, paper=self.paper)
 
 
-def open_snapshot(
-    run: str | Path, *, checkpoint: str | Path = "", samples: int = 1000, seed: int = 0, output: str | Path = "", **look: Any
-) -> Snapshot:
+def open_snapshot(run: str | Path, *, checkpoint: str | Path = "", samples: int = 1000, seed: int = 0, output="", **look) -> Snapshot:
     """Encode a sample of a run's training pairs with one of its checkpoints.
 
     Args:

@@ -227,7 +227,7 @@ def test_two_runs_follow_each_other_on_the_same_samples(run, clip):
 
 def test_runs_on_different_tables_are_refused(run, tmp_path):
     other = training.train(toy_settings(toy_table(tmp_path, size=60), tmp_path / "elsewhere", objective="clip", episodes=1))
-    with pytest.raises(ValueError, match=r"protoclip has .*captions.tsv \(80 pairs.* and .*elsewhere has .* \(50 pairs"):
+    with pytest.raises(ValueError, match=r"protoclip, .*elsewhere need one table, not .*captions.tsv', 80, .*captions.tsv', 50, "):
         explore(run, other=other.path, **OPTIONS)
 
 

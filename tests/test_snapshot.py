@@ -160,10 +160,10 @@ def test_external_clusters_are_those_of_the_stored_features(seen):
 
 
 def test_sizes_are_of_the_episode_and_overlap_of_the_sample(seen):
-    assert {name: len(sizes) for name, sizes in seen.sizes.items()} == {"image 6": 6, "text 6": 6, "factors 5": 5}
-    assert all(sizes.sum() == 48 for sizes in seen.sizes.values())
+    assert {name: len(sizes) for name, sizes in seen.sizes().items()} == {"image 6": 6, "text 6": 6, "factors 5": 5}
+    assert all(sizes.sum() == 48 for sizes in seen.sizes().values())
     image, text = (seen.prototypes(name)[0] for name in ("image", "text"))
-    table = seen.overlap
+    table = seen.overlap()
     assert table.to_numpy().sum() == 60
     for (row, column), count in table.stack().items():
         assert count == ((image == row) & (text == column)).sum()
@@ -190,7 +190,7 @@ def test_a_run_interrupted_in_its_first_episode_has_one_moment(seen):
     assert seen.records  # read before the folder has its other name
     seen.checkpoint = seen.checkpoint.with_name("episode_0000_step_000010")
     seen.run = SimpleNamespace(checkpoints=lambda: [seen.checkpoint], config=seen.run.config)
-    assert [*seen.through] == ["episode 0 step 10"]
+    assert [*seen.through()] == ["episode 0 step 10"]
 
 
 @pytest.mark.parametrize("teacher, temperature", [("text", 0.01), ("factors", 0.5), ("factors", -1.0)])
@@ -247,13 +247,13 @@ def test_sheet_shows_the_nearest_members_their_purity_and_what_is_nearest_to_the
 
 
 def test_through_training_are_the_same_rows_at_evenly_chosen_checkpoints(seen, monkeypatch):
-    assert [*seen.through] == ["episode 1", "episode 2", "episode 3"] and seen.through["episode 3"] is seen
-    for then in seen.through.values():
+    assert [*seen.through()] == ["episode 1", "episode 2", "episode 3"] and seen.through()["episode 3"] is seen
+    for then in seen.through().values():
         np.testing.assert_array_equal(then.rows, seen.rows)
     first = open_snapshot(seen.run.path, checkpoint=seen.run.checkpoints()[0], samples=60, labels=LABELS)
-    torch.testing.assert_close(seen.through["episode 1"].features.image, first.features.image)
+    torch.testing.assert_close(seen.through()["episode 1"].features.image, first.features.image)
     monkeypatch.setattr(snapshot, "MOMENTS", 2)
-    assert [*replace(seen).through] == ["episode 1", "episode 3"]
+    assert [*replace(seen).through()] == ["episode 1", "episode 3"]
 
 
 def test_maps_through_training_resemble_each_the_next_and_the_last_is_the_usual_one(seen, monkeypatch):
@@ -268,7 +268,7 @@ def test_maps_through_training_resemble_each_the_next_and_the_last_is_the_usual_
     assert [*maps] == ["episode 1", "episode 2", "episode 3"]
     np.testing.assert_array_equal(maps["episode 3"], seen.xy())
     for one, after in (("episode 1", "episode 2"), ("episode 2", "episode 3")):
-        features = seen.through[one].features.image_projection.numpy()
+        features = seen.through()[one].features.image_projection.numpy()
         np.testing.assert_array_equal(maps[one], plots.embed(features, method="pca", like=maps[after]))
     best = max(LABELS, key=lambda label: seen.agreement.loc["image", label])
     for _, labels in given.values():
@@ -280,9 +280,9 @@ def test_plain_clip_has_k_means_clusters_and_no_soft_targets(folder):
     seen = open_snapshot(folder / "first", samples=60, method="pca", labels=["shape"])
     labels, centroids, _ = seen.prototypes()
     assert len(centroids) == 60 // snapshot.MEMBERS and set(labels) == {0, 1}
-    assert {name: sizes.sum() for name, sizes in seen.sizes.items()} == {"image": 60, "text": 60}
+    assert {name: sizes.sum() for name, sizes in seen.sizes().items()} == {"image": 60, "text": 60}
     with pytest.raises(ValueError, match="no prototypes at .*episode_0001"):
         seen.soft_targets()
-    for figure in (seen.sheet(), plots.heat_map(seen.overlap), *seen.cluster_maps().values()):
+    for figure in (seen.sheet(), plots.heat_map(seen.overlap()), *seen.cluster_maps().values()):
         assert figure._repr_png_().startswith(b"\x89PNG")
     assert "k-means" in seen.cluster_maps()["prototypes"].axes[0].get_title()

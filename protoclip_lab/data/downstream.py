@@ -161,8 +161,7 @@ def known(name: str, root: str | Path, part: str = "test") -> list[Labelled]:
         return [Labelled(names, list(names), np.asarray(labels, dtype=np.int64), images)]
     labelled = [from_classes(path, classes) for path in found]
     # Numbers in prompts would give figures that look like results.
-    numbers = classes is None and any(folder.isdigit() for folder in labelled[0].classes)
-    require(not numbers, f"class folders of {found[0]} are numbers: name them by their classes")
+    require(classes or not any(map(str.isdigit, labelled[0].classes)), f"class folders of {found[0]} are numbers: name them by class")
     return labelled
 
 
@@ -194,12 +193,13 @@ def captioned(name: str, root: str | Path, folder: Path) -> dict[str, str | dict
         files = {image["id"]: image["file_name"] for image in content["images"]}
         rows = [(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
     else:
-        test = [image for image in content["images"] if image["split"] == "test"]
-        rows = [(image["filename"], said["raw"]) for image in test for said in image["sentences"]]
-    lines = ["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)]
+        rows = [(each["filename"], said["raw"]) for each in content["images"] if each["split"] == "test" for said in each["sentences"]]
+    text = "\n".join(["filepath\ttitle", *(f"{path}\t{' '.join(caption.split())}" for path, caption in rows)])
+    table = folder / f"{name}.tsv"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.tsv", "\n".join(lines))
-    return {"table": str(folder / f"{name}.tsv"), "image_root": str(images), "where": {}}
+    if not table.exists() or table.read_text("utf-8") != text:  # written again it would be prepared again
+        write_text(table, text)
+    return {"table": str(table), "image_root": str(images), "where": {}}
 
 
 def _torchvision(found: list[Path], part: str, classes: Classes | None) -> tuple[Images, list[int], list[str]]:
@@ -266,8 +266,7 @@ def templates(templates: Classes) -> list[str]:
         ValueError: no known set (the nearest is named), or a template without ``{}``.
     """
     found = _listed("templates", templates, "en_zeroshot_classification_templates.json")
-    fit = found and all("{}" in template for template in found)
-    require(fit, f"templates {found}: at least one is needed, each with {{}} where the class name goes")
+    require(found and all("{}" in template for template in found), f"templates {found}: one at least, each with {{}} for the class")
     return found
 
 

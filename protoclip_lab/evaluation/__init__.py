@@ -12,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoclip_lab.clustering import kmeans
+from protoclip_lab.clustering import BLOCK_ELEMENTS, kmeans
 from protoclip_lab.config import require
 from protoclip_lab.encoders import best_device
 from protoclip_lab.randomness import numpy_generator, torch_generator
 
-# Scores held at once by the blockwise measures: 2**24 float32 are 64 MiB.
-BLOCK_ELEMENTS = 2**24
 DEPTHS = (1, 5, 10)
 # Equal features can differ by a few float32 roundings, depending on where a matrix product's tiles fall.
 TIE = 1e-6
-# Shares of the gap by which the sweep brings the modalities together; below 0 it takes them further apart.
-SWEEP = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
+# Kept by the gap sweep.
 SWEPT = ("top1", "mean_recall", "image_to_text_R@1", "text_to_image_R@1")
 # L2 strengths to choose from, strongest first, so that each fit starts from the one before it.
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -43,26 +40,23 @@ def as_features(values: Any, name: str, *, normalise: bool = False) -> Tensor:
     """
     values = np.require(values, requirements="W") if isinstance(values, np.ndarray) else values  # torch warns of read-only memory
     features = torch.as_tensor(values).detach().float()
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{name} has shape {tuple(features.shape)}: expected (rows, dimensions), at least one of each")
+    require(features.ndim == 2 and features.numel(), f"{name} has shape {[*features.shape]}: rows and dimensions are needed")
     if len(bad := (~features.isfinite().all(dim=1)).nonzero()):
         raise ValueError(f"{name} has NaN or Inf, first in row {int(bad[0])}: unreadable, or the model has diverged")
     return F.normalize(features, dim=1) if normalise else features
 
 
-def as_labels(values: Any, rows: int, name: str) -> np.ndarray:
-    """Labels of any kind -> (rows,) array; ValueError when there is not one for each row."""
+def as_labels(values: Any, rows: int, name: str, *, below: int | None = None) -> np.ndarray:
+    """Labels of any kind, or whole numbers from 0 to ``below`` - 1 -> (rows,) array.
+
+    Raises:
+        ValueError: there is not one for each row, or no such number, with the first such row.
+    """
     labels = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
     require(labels.shape == (rows,), f"{name} has shape {labels.shape}, its features have {rows} rows: one label a row is needed")
+    if below and len(wrong := np.flatnonzero(~np.isin(labels, np.arange(below)))):
+        raise ValueError(f"{name} is {labels[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
     return labels
-
-
-def as_indices(values: Any, rows: int, below: int, name: str) -> Tensor:
-    """Whole numbers from 0 to ``below`` - 1 -> (rows,) int64; ValueError names the first that is not."""
-    indices = as_labels(values, rows, name)
-    if len(wrong := np.flatnonzero(~np.isin(indices, np.arange(below)))):
-        raise ValueError(f"{name} is {indices[wrong[0]]} in row {wrong[0]}: expected whole numbers from 0 to {below - 1}")
-    return torch.from_numpy(indices.astype(np.int64))
 
 
 def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +69,7 @@ def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tens
     pairs = range(len(text)) if image_of_caption is None else image_of_caption
     if image.shape[1] != text.shape[1] or (image_of_caption is None and len(image) != len(text)):
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit, or image_of_caption is missing")
-    return image, text, as_indices(pairs, len(text), len(image), "image_of_caption").to(image.device)
+    return image, text, torch.as_tensor(as_labels(pairs, len(text), "image_of_caption", below=len(image)), device=image.device).long()
 
 
 class Estimate(float):
@@ -206,7 +200,7 @@ def zero_shot(image: Any, classifier: Any, labels: Any, *, draws: int = 0, seed:
     image = as_features(image, "image", normalise=True)
     classifier = F.normalize(as_features(classifier, "classifier"), dim=0)
     classes = classifier.shape[1]
-    labels = as_indices(labels, len(image), classes, "labels").numpy()
+    labels = as_labels(labels, len(image), "labels", below=classes)
     top = [(block @ classifier).topk(min(5, classes)).indices for block in image.split(max(1, BLOCK_ELEMENTS // classes))]
     correct = torch.cat(top).cpu().numpy() == labels[:, None]
     return accuracy({"top1": correct[:, 0], "top5": correct.any(axis=1)}, labels, draws, seed)
@@ -314,22 +308,21 @@ def separability(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
     return {"separability": linear_probe(both[:half], sides[:half], both[half:], sides[half:], draws=draws, seed=seed)["accuracy"]}
 
 
-def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates], shares: Sequence[float] = SWEEP) -> Estimates:
+def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimates]) -> Estimates:
     """What zero-shot or retrieval gives with the modalities moved along the gap towards each other, and normalised again.
 
     Args:
         image, text: (N, d), (M, d); L2-normalised first.
         measure: (image, text) -> values; those named in ``SWEPT`` are kept.
-        shares: of the gap, by which they come together: at 1 the means meet (before normalising), at -1 the gap is
-            twice as wide.
 
     Returns:
-        Names such as "mean_recall@+0.25": brought together by a quarter of the gap.
+        Names such as "mean_recall@+0.25": brought together by a quarter of the gap. At 1 the means meet (before
+        normalising), at -1 the gap is twice as wide.
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053), section 4.
     """
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
-    steps = {share: share / 2 * (image.mean(dim=0) - text.mean(dim=0)) for share in shares}
+    steps = {share: share / 2 * (image.mean(dim=0) - text.mean(dim=0)) for share in np.linspace(-1, 1, 9).tolist()}
     found = {share: measure(F.normalize(image - step, dim=1), F.normalize(text + step, dim=1)) for share, step in steps.items()}
     return {f"{name}@{share:+.2f}": v for share, values in found.items() for name, v in values.items() if name in SWEPT}
 
@@ -508,7 +501,7 @@ def separation(features: Any, labels: Any, *, draws: int = 0, seed: int = 0) -> 
     """
     x = as_features(features, "features").cpu()
     classes, y = np.unique(as_labels(labels, len(x), "labels"), return_inverse=True)
-    sphere = torch.nn.functional.normalize(x.double(), dim=1)
+    sphere = F.normalize(x.double(), dim=1)
 
     def under(weights: Tensor) -> dict[str, Tensor]:
         same = sum(pair_cosines(sphere[y == c], weights[:, y == c]) for c in range(len(classes)))

@@ -1,6 +1,5 @@
 """Every measure that applies, over any number of data sets, for one checkpoint: in one go, or as a run saves them."""
 
-import json
 import logging
 import os
 import time
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
@@ -23,12 +21,12 @@ from protoclip_lab.config import Settings, require, require_known
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.downstream import Labelled, PairImages
 from protoclip_lab.data.pairs import Pairs, fingerprint, prepare
+from protoclip_lab.encoders import TwoTowers
 from protoclip_lab.runs import Run, damaged_files, pairs_of, record_evaluations
 
 log = logging.getLogger(__name__)
 
 MEASURES = ("zero_shot", "linear_probe", "knn", "grouping", "retrieval", "gap", "gap_sweep")
-SEEDS = 3  # of the k-means that grouping is measured by
 
 
 class EvaluationSet(Settings):
@@ -71,20 +69,12 @@ def _check(measures: Sequence[str]) -> None:
 
 
 def evaluate(
-    model: encoders.TwoTowers,
-    sets: Sequence[EvaluationSet | dict],
-    folder: str | Path,
-    *,
-    measures: Sequence[str] = (),
-    records: Sequence[prototypes.Prototypes] = (),
-    batch_size: int = 256,
-    workers: int = 0,
-    seed: int = 0,
-    draws: int = 1000,
+    model: TwoTowers, sets: Sequence, folder: Path, *, measures: Sequence = (), records: Sequence = (), seed: int = 0, draws: int = 1000
 ) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
     Args:
+        sets: an :class:`EvaluationSet` each, or its settings as a dict.
         folder: where prepared tables (``sets/``) and features (``features/``, by fingerprint of model and data) are
             kept for the next call.
         measures: what to measure of what a set asks for; none takes all.
@@ -101,9 +91,8 @@ def evaluate(
         ValueError: a setting that does not fit.
     """
     sets = [EvaluationSet.model_validate(given) for given in sets]
-    names = [given.name for given in sets]
-    require(len({*names}) == len(sets), f"evaluation sets need a name each, these are {names}")
-    folder, todo, rows = Path(folder), [], []
+    require(len({given.name for given in sets}) == len(sets), f"evaluation sets need a name each: {[given.name for given in sets]}")
+    todo, rows = [], []
     for given in sets:
         try:
             parts = _opened(given, folder / "sets")
@@ -111,7 +100,7 @@ def evaluate(
         except Exception as error:  # a reader may raise anything on broken files
             log.warning("evaluation set %s is left out: %s: %s", given.name, type(error).__name__, error)
     (folder / "features").mkdir(parents=True, exist_ok=True)
-    features = partial(_encoded, model, encoders.fingerprint(model), folder / "features", batch_size, workers)
+    features = partial(_encoded, model, encoders.fingerprint(model), folder / "features")
     for measure, given, tests, train in tqdm(todo, desc="evaluating", mininterval=2, unit="measure"):
         parts = [_measured(measure, given, test, train, features, records, seed=seed, draws=draws) for test in tests]
         for key, found in evaluation.mean(parts).items():
@@ -121,16 +110,16 @@ def evaluate(
     return rows
 
 
-def _encoded(model: encoders.TwoTowers, mark: str, folder: Path, batch_size: int, workers: int, data: Sequence) -> dict:
+def _encoded(model: TwoTowers, mark: str, folder: Path, data: Sequence) -> dict:
     """Features of a model, made once and kept in a folder: "0" is z_I of images, z_T of texts; "1" h_I of images."""
     visual = isinstance(data, downstream.Images)
     file = folder / f"{fingerprint([mark], [data.fingerprint if visual else fingerprint(data, data)])[:32]}.safetensors"
     if not file.exists():
-        encode = partial(encoders.encode_images, workers=workers) if visual else encoders.encode_texts
-        found = encode(model, data, batch_size=batch_size)
-        found = {str(index): part.clone() for index, part in enumerate(found[::2] if visual else [found])}
+        # Many images are read by processes of their own, which take a while to start.
+        workers = min(8, os.cpu_count() - 1, len(data) // 2000)
+        found = encoders.encode_images(model, data, workers=workers)[::2] if visual else [encoders.encode_texts(model, data)]
         staging = file.with_suffix(f".{os.getpid()}")  # a training and its watcher may both be at it
-        save_file(found, staging)
+        save_file({str(index): part.clone() for index, part in enumerate(found)}, staging)
         staging.replace(file)
     return load_file(file)
 
@@ -160,14 +149,11 @@ def _opened(given: EvaluationSet, folder: Path) -> tuple[list[Labelled], Labelle
 
 def _prepared(arguments: dict[str, Any], folder: Path) -> Pairs:
     # Sets that differ in their labels alone share a preparation.
-    key = fingerprint([json.dumps(arguments, sort_keys=True)], [""])[:16]
     with FileLock(folder / "lock"):  # a training and its watcher may both be at it
-        return prepare(**arguments, out=folder / key)
+        return prepare(**arguments, out=folder / fingerprint([str(arguments)], [""])[:16])
 
 
-def _measured(
-    measure: str, given: EvaluationSet, test: Labelled, train: Labelled | None, features: Callable, records, **options
-) -> evaluation.Estimates:
+def _measured(measure: str, given: EvaluationSet, test: Labelled, train: Any, features: Callable, records: Sequence, **options) -> dict:
     """One measure of one list of images: by their captions, by their classes, the sweep by both; nothing without either."""
     found = {}
     if measure in ("retrieval", "gap", "gap_sweep") and isinstance(test.images, PairImages):
@@ -186,7 +172,7 @@ def _measured(
         probe = evaluation.knn if measure == "knn" else partial(evaluation.linear_probe, scaling=given.scaling)
         return probe(x, train_y, z, test_y, **options)
     if measure == "grouping":
-        found = evaluation.grouping(z, labels, seeds=SEEDS, **options) | evaluation.separation(z, labels, **options)
+        found = evaluation.grouping(z, labels, seeds=3, **options) | evaluation.separation(z, labels, **options)
         if (own := prototypes.of_modality(records, "image")) is not None:
             matched = evaluation.agreement(clustering.nearest(h, own), labels, **options)
             found |= {f"prototypes_{name}": value for name, value in matched.items()}
@@ -197,7 +183,7 @@ def _measured(
     return evaluation.zero_shot(z, weights, labels, **options)
 
 
-def _readable(part: Labelled, features: Callable, name: str) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def _readable(part: Labelled, features: Callable, name: str) -> tuple:
     """z_I, h_I and labels of the images that could be read."""
     z, h = features(part.images).values()
     good = z.isfinite().all(dim=1)
@@ -234,7 +220,7 @@ def evaluate_checkpoint(
         data_root: the folder that holds them.
         sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
             :func:`default_sets` are taken.
-        options: measures, batch_size, workers, seed and draws of :func:`evaluate`.
+        options: measures, seed and draws of :func:`evaluate`.
 
     Returns:
         A row for each data set and measure: checkpoint, dataset, measure, value, low, high.
@@ -250,8 +236,8 @@ def evaluate_checkpoint(
     require(run or output, f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
     chosen = _chosen(run, datasets, data_root, sets, **options)
     output, home = Path(output or home), home if run else Path(output)
-    model = encoders.load(source).to(encoders.best_device())
-    rows = evaluate(model, chosen, home, records=prototypes.load(source) if run else [], **options)
+    records = prototypes.load(source) if run else []
+    rows = evaluate(encoders.load(source).to(encoders.best_device()), chosen, home, records=records, **options)
     require(rows, f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
     output.mkdir(parents=True, exist_ok=True)
@@ -273,13 +259,11 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         All evaluations of the run: at the start, and whenever there are new ones.
     """
     run, seen, finished = Run(run), set(), False
-    asked = set(options.get("measures") or MEASURES)
-    wanted = {chosen.name for chosen in _chosen(run, **options) if asked & set(chosen.measures or MEASURES)}
+    wanted = {chosen.name for chosen in _chosen(run, **options)}
     yield run.evaluations()
     while not finished:
         finished = run.finished  # asked first: when it is, the last checkpoint is there
-        found = run.evaluations().groupby("checkpoint")["dataset"].agg(set)
-        done = seen | {checkpoint for checkpoint, names in found.items() if wanted & names}
+        done = seen | {row.checkpoint for row in run.evaluations().itertuples() if row.dataset in wanted}
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
             seen.add(checkpoint.name)
@@ -299,7 +283,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chosen(run: Run | None, datasets=(), data_root="", sets=(), measures=(), **rest) -> list[EvaluationSet]:
+    """The sets named, or a run's own, that ask for any of these measures."""
     _check(measures)
     given = [*({"name": name, "root": str(data_root)} for name in datasets or (data_root and downstream.KNOWN)), *sets]
     require(given or run, "name what to evaluate on: data_root, with datasets for some of those in it, or sets")
-    return [EvaluationSet.model_validate(each) for each in given or default_sets(run)]
+    found = [EvaluationSet.model_validate(each) for each in given or default_sets(run)]
+    return [each for each in found if {*(measures or MEASURES)}.intersection(each.measures or MEASURES)]

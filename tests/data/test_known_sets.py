@@ -10,6 +10,7 @@ import shutil
 import struct
 import tarfile
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -310,6 +311,9 @@ def test_captions_of_the_test_part_go_with_their_images(encoded, tmp_path, files
     table, content = "\n".join(["filepath\ttitle\tsplit", *rows]), coco if name == "coco2017" else {"images": karpathy}
     file.write_text(table if file.suffix == ".tsv" else json.dumps(content))
     given = captioned(name, tmp_path, tmp_path / "tables")
+    made = Path(given["table"]).stat().st_mtime_ns
+    # Written again, it would be prepared again.
+    assert captioned(name, tmp_path, tmp_path / "tables") == given and Path(given["table"]).stat().st_mtime_ns == made
     found = PairImages(prepare(given.pop("table"), tmp_path / "out", **given))
     assert found.pairs.captions == [f"{7 * n} k{k}" for n in (1, 3, 5) for k in range(5)]
     assert shown(found) == [7, 21, 35] and found.image_of_caption.tolist() == [0] * 5 + [1] * 5 + [2] * 5

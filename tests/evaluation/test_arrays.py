@@ -92,8 +92,8 @@ def test_every_value_lies_in_its_interval_which_the_seed_fixes(name):
 
 EYE, ONES = np.eye(3), np.ones((3, 3))
 REFUSED = [
-    (evaluation.as_features, (ONES[:, :0], "image"), "expected .rows, dimensions., at least one of each"),
-    (evaluation.as_features, (np.ones(3), "image"), "expected .rows, dimensions., at least one of each"),
+    (evaluation.as_features, (ONES[:, :0], "image"), "rows and dimensions are needed"),
+    (evaluation.as_features, (np.ones(3), "image"), "rows and dimensions are needed"),
     (evaluation.as_features, ([[1], [np.nan]], "image"), "image has NaN or Inf, first in row 1"),
     (evaluation.as_features, ([[1], [np.inf]], "image"), "image has NaN or Inf, first in row 1"),
     (evaluation.zero_shot, (ONES, EYE, [0] * 2), r"labels has shape \(2,\), its features have 3 rows"),

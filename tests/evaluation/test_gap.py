@@ -92,8 +92,8 @@ def test_without_both_modalities_to_learn_and_to_ask_about_there_is_no_separabil
 def moved(image, text, share):
     """What the sweep measures at this share."""
     seen = []
-    gap_sweep(image, text, lambda *both: seen.append(both) or {}, [share])
-    return seen[0]
+    gap_sweep(image, text, lambda *both: seen.append(both) or {})
+    return seen[round(4 * share) + 4]
 
 
 def test_moved_equals_its_formula_where_means_meet_at_1_and_the_gap_doubles_at_minus_1():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from protoclip_lab import encoders, evaluation, prototypes
 from protoclip_lab.config import TrainConfig
-from protoclip_lab.data import shapes
+from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.pairs import prepare
 from protoclip_lab.evaluation import linear_probe, modality_gap, retrieval, suite, zero_shot
 from protoclip_lab.training import train
@@ -127,6 +127,21 @@ def test_table_gives_the_same_numbers_as_the_functions(encoded, table, tmp_path)
     assert found["gap_pair_similarity"] == pytest.approx(expected["pair_similarity"])
 
 
+@pytest.mark.parametrize("count, cores, workers", [(1999, 16, 0), (5000, 16, 2), (50_000, 16, 8), (50_000, 2, 1), (50_000, 1, 0)])
+def test_many_images_are_read_by_processes_of_their_own(tmp_path, monkeypatch, count, cores, workers):
+    class Zeros(downstream.Images):
+        fingerprint = "zeros"
+
+        def __init__(self):
+            self.names = range(count)
+
+    asked, z = [], torch.zeros(1, 1)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(encoders, "encode_images", lambda *_, **options: asked.append(options) or encoders.Outputs(z, None, z, None))
+    suite._encoded(None, "none", tmp_path, Zeros())
+    assert asked == [{"workers": workers}]
+
+
 def test_image_with_several_captions_is_encoded_once(encoded, table, tmp_path):
     header, *rows = table.read_text().splitlines()
     (tmp_path / "twice.tsv").write_text("\n".join([header, *rows[:5], *rows[:5]]) + "\n")
@@ -229,7 +244,7 @@ def test_model_of_the_workbench_is_evaluated(folders, table, tmp_path):
         {"name": "colours", "images": str(folders / "test"), "train_images": str(folders / "train")},
         {"name": "world", "table": str(table), "image_root": root, "where": {"split": "test"}},
     ]
-    rows = suite.evaluate(model, sets, tmp_path, batch_size=16, draws=20)
+    rows = suite.evaluate(model, sets, tmp_path, draws=20)
     assert all(np.isfinite(row["value"]) for row in rows)
     measures = {row["measure"].partition("@")[0] for row in rows}
     assert {"zero_shot_top1", "knn_accuracy", "retrieval_mean_recall", "gap", "gap_sweep_mean_recall"} <= measures

@@ -46,10 +46,9 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespa
 
 
 class TeacherConfig(Settings):
-    """An external teacher: a file of features made by 02_extract_teacher, and how it teaches."""
+    """An external teacher: where its features are from, and how it teaches."""
 
-    features: str = Field("", description=".npy written by 02_extract_teacher for the same table, or a column of its shards")
-    model: str = Field("", description="of captions, as in 02; makes the features of each episode of a stream")
+    features: str = Field(description=".npy made by 02 for the same table; a column of the shards; or a text model as in 02")
     name: str = Field("", description="name in metrics; empty takes the file's folder and stem")
     weight: float = Field(1.0, ge=0, description="weight of its two directions together")
     temperature: float = Field(-1.0, description="softmax temperature of its soft targets; 0 or less is one-hot")
@@ -161,8 +160,6 @@ class TrainConfig(Settings):
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
         require(not self.stream or (self.episode_size and not self.dataset_size), "stream needs episode_size, and no dataset_size")
-        for t in self.teachers:
-            require(bool(t.features) != bool(t.model and self.stream), "a teacher needs features or, of a stream, model")
         require(self.back_translation or not self.teachers, "external teachers need back_translation: they know another space")
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")
@@ -173,8 +170,7 @@ class TrainConfig(Settings):
 
     def teacher_names(self) -> list[str]:
         """The external teachers' names, in order."""
-        found = [Path(t.features or t.model) for t in self.teachers]
-        return [t.name or f"{path.resolve().parent.name}_{path.stem}" for t, path in zip(self.teachers, found, strict=True)]
+        return [t.name or f"{Path(t.features).resolve().parent.name}_{Path(t.features).stem}" for t in self.teachers]
 
     def teacher_ks(self) -> dict[str, list[int]]:
         """Numbers of prototypes by teacher: "image", "text" (with a positive proto_weight) and the external ones."""

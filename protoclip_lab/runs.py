@@ -20,7 +20,7 @@ from scipy.special import stdtrit
 
 from protoclip_lab.config import TrainConfig, require
 from protoclip_lab.data import pairs, shapes
-from protoclip_lab.storage import write_json, write_text, writing
+from protoclip_lab.storage import reading, write_json, write_text, writing
 
 # These may change when a run is resumed: none has a say in weights or metrics.
 FREE = {"workers", "processes", "save_every", "tensorboard", "wandb", "run", "draw_every"}
@@ -64,10 +64,8 @@ class Run:
     @property
     def config(self) -> TrainConfig:
         """The run's settings; ValueError where they are damaged or another version's."""
-        try:
+        with reading(self.path / "config.json", "Of another version, perhaps. Take another folder"):
             return TrainConfig(**json.loads((self.path / "config.json").read_text("utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{self.path / 'config.json'} is damaged or another version's: {error}. Take another folder") from error
 
     @property
     def finished(self) -> bool:
@@ -261,8 +259,9 @@ def _rewrite(path: Path, change: Callable[[list[dict]], Iterable[dict]]) -> Iter
 
 def _read_rows(path: Path) -> list[dict]:
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    # What follows the last newline was cut off by a kill in mid-write.
-    return [json.loads(line) for line in lines[:-1]]
+    with reading(path, "Take out the row"):
+        # What follows the last newline was cut off by a kill in mid-write.
+        return [json.loads(line) for line in lines[:-1]]
 
 
 def _cell(found: pd.DataFrame) -> str:

@@ -89,7 +89,8 @@ class Snapshot:
         if of in prototypes.STUDENTS:
             features = getattr(self.features, f"{of}_projection")
         else:
-            stored = dict(zip(self.run.config.teacher_names(), self.run.config.teachers, strict=True))[of]
+            config = self.run.config
+            stored = config.teachers[config.teacher_names().index(of)].features
             features = torch.from_numpy(teachers.of(stored, of, self.pairs)[self.rows])
         if record := self._record(of):
             centroids = record.teacher_centroids if record.teacher == of else record.centroids

@@ -17,6 +17,15 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} could not be written ({error}): make room, then do it again") from error
 
 
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Give the error of a broken file, which names no file, the file's name and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is broken, missing or was never finished ({error}). {remedy}") from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON so that a reader sees the old file or the new, never half of one."""
     write_text(path, json.dumps(value, indent=2))

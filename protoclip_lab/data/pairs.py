@@ -34,7 +34,7 @@ IMAGES = "images"  # file of what was copied out of Parquet files and from the h
 PLACE = ("_tar", "_offset", "_size")  # columns: of an image, a file below the root, and where in it
 NO_PLACE = ("", 0, -1)  # of an image that is a file of its own
 Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
-_HUB_NAME = re.compile("hf://datasets/([^/]+/[^/]+)/?(.+)?$")
+HUB = "hf://datasets/"
 
 
 class Pairs(Sequence):
@@ -183,8 +183,8 @@ class Shards:
 
     Args:
         source: a folder of WebDataset tars as img2dataset writes them, where members of one name up to its first dot are
-            one sample; a Parquet file or a folder of them, whose images lie in a column; or hf://datasets/NAME, with the
-            name of a configuration after one more slash where it has several.
+            one sample; a folder of Parquet files, whose images lie in a column; or hf://datasets/NAME, with the name of a
+            configuration after a colon where it has several.
         columns: of images, in Parquet files and on the hub, and of captions. A list of captions makes as many samples.
         where: its "split" is one of the source's splits, if it has several.
         seed: shards come in another order in each pass; None leaves them in theirs.
@@ -194,21 +194,16 @@ class Shards:
     """
 
     def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
-        self.source, self.wanted, self.seed = source, columns, seed
+        self.wanted, self.seed = columns, seed
         self.tars = sorted(Path(source).glob("*.tar"))
         self.files = self.tars or sorted(Path(source).rglob("*.parquet"))
-        # Where the images are: copied ones beside the table they are for.
-        self.root, self.columns = (Path(source).absolute(), columns) if self.tars else (Path(), ("filepath", "title"))
+        self.about = {"source": source, "root": str(Path(source).absolute()), "columns": columns, "where": where}
         if not self.tars:
-            named = _HUB_NAME.match(source)
-            name, file = (named.groups() if named else (source, None)), None
-            if Path(source).is_file():
-                name, file = ("parquet",), source
-            found = datasets.load_dataset(*name, data_files=file, streaming=True)
+            # Images are copied, beside the table they are for.
+            self.about |= {"root": "", "columns": ("filepath", "title"), "of": columns}
+            found = datasets.load_dataset(*source.removeprefix(HUB).split(":"), streaming=True)
             split = next(iter(found)) if len(found) == 1 else str(where.get("split"))
-            require_known(
-                split, found, f"{source} has the splits {[*found]}, not {split!r}: say which, e.g. where={{'split': 'train'}}"
-            )
+            require_known(split, found, f"{source} has splits {[*found]}, not {split!r}: say which, e.g. where={{'split': 'train'}}")
             self.split = {"split": split} if "split" in where else {}
             for column in columns:
                 require_known(column, found[split].column_names, f"{source} has no column {column!r}")
@@ -227,11 +222,12 @@ class Shards:
         tables, bad, (past, shard, row) = [], [], position
         while most > 0 and past < limit:
             order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
-            rows, copied, count = [], {}, 0
+            rows, count = [], 0
             for fields, image, fault in islice(self._samples(order[shard]), row, row + most):
                 path, count = fields["filepath"], count + 1
                 if isinstance(image, bytes):
-                    image = copied[path] = copied.get(path) or _append(out / IMAGES, image)
+                    with writing(out), (out / IMAGES).open("ab") as file:
+                        image = IMAGES, file.tell(), file.write(image)
                 if fault:
                     bad.append((row + count, path, fault))
                 else:
@@ -257,13 +253,9 @@ class Shards:
                 yield fields | {"title": _field(caption)}, image, ""
 
 
-def is_sharded(source: str, image_column: str) -> bool:
-    """Whether this is a source in shards, with the images in them, and not a table of their paths."""
-    path = Path(source)
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        schema = parquet.ParquetDataset(path).schema
-        return image_column in schema.names and not pa.types.is_string(schema.field(image_column).type)
-    return bool(_HUB_NAME.match(source)) or any(path.glob("*.tar")) or any(path.glob("**/*.parquet"))
+def is_sharded(source: str) -> bool:
+    """Whether this is a source for `Shards`, and no table."""
+    return source.startswith(HUB) or any(Path(source).glob("*.tar")) or any(Path(source).rglob("*.parquet"))
 
 
 def prepare(
@@ -283,8 +275,8 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file; a source of `Shards`, whose images are read
-            where they lie in tars and copied from elsewhere; or a folder made by this function (then returned as it is).
+        table: TSV, CSV or Parquet file; a source of `Shards`, whose images are read where they lie in tars and copied
+            from elsewhere; or a folder made by this function (then returned as it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
@@ -300,61 +292,52 @@ def prepare(
     if (path / "pairs.json").exists():
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
         return Pairs(path)
-    shards = Shards(str(table), columns, where) if is_sharded(str(table), image_column) else None
+    shards = Shards(str(table), columns, where) if is_sharded(str(table)) else None
     if not shards and (path.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not path.is_file()):
         raise FileNotFoundError(f"{path.absolute()} is no table (.tsv, .csv, .parquet), folder of shards or of 01_prepare_data")
-    root = shards.root if shards else Path(image_root or path.parent).absolute()
-    if not (out / root).exists() and not shards:
+    root = Path(image_root or path.parent).absolute()
+    if not shards and not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
+    about = shards.about if shards else {"source": str(table), "root": str(root), "columns": columns, "where": where}
     changed = [file.stat().st_mtime_ns for file in (shards.files if shards else (path, root))]
-    about = {"source": str(table), "root": str(root), "changed": changed, "columns": columns, "where": where}
-    about = json.loads(json.dumps(about | {"rows": [dataset_size, max_bad_share], "form": 3}, default=str))  # to compare
+    about |= {"rows": [dataset_size, max_bad_share], "start": (0, 0, 0), "changed": changed, "form": 3}
+    about = json.loads(json.dumps(about, default=str))  # to compare
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
         return made
     if shards:
-        return hold(out, partial(shards.take, out), about, shards.columns, dataset_size, where=where, max_bad_share=max_bad_share)
+        return hold(out, about, partial(shards.take, out))
 
     rows, unread = read_table(path)
-    there = {name: _column(rows, name, table).unique().to_pylist()[:10] for name in where}
-    rows = _chosen(rows, where, table)
-    require(len(rows) or not where, f"no row of {table} has {where}; values there: {there}")
     places = index_tar(root) if root.is_file() else {}
     found = [places.get(name, NO_PLACE) for name in _column(rows, image_column, table).to_pylist()]
     for index, name in enumerate(PLACE):
         rows = rows.append_column(name, pa.array([place[index] for place in found]))
-    return hold(out, lambda *_: (rows, unread, (1, 0, 0)), about, columns, dataset_size, where=where, max_bad_share=max_bad_share)
+    return hold(out, about, lambda *_: (rows, unread, (1, 0, 0)))
 
 
-def hold(
-    out: Path,
-    take: Callable[[Position, int, int], tuple[pa.Table, list[tuple[int, str, str]], Position]],
-    about: dict[str, Any],
-    columns: Sequence[str],
-    most: int | None,
-    *,
-    start: Position = (0, 0, 0),
-    where: Mapping[str, object] | None = None,
-    max_bad_share: float = 0.05,
-) -> Pairs:
+def hold(out: Path, about: dict[str, Any], take: Callable[[Position, int, int], tuple[pa.Table, list, Position]]) -> Pairs:
     """Check the samples from a position of a source on, over one pass at most, and hold the usable ones in Arrow.
 
     Args:
         out: folder to write; what is there goes.
+        about: for ``pairs.json``: "source"; "root" of the images, "" for ``out``; "columns" of image paths and captions;
+            "where"; "rows", how many to hold (None: all) and the share that may be bad; "start", the position. To this
+            comes "next", the position after them.
         take: as of `Shards`, without its folder.
-        about: for ``pairs.json``: "source", "root" of the images and whatever else is to be known; "next" is added, the
-            position after them.
-        columns: of image paths and of captions.
-        most: pairs to hold; None takes all.
-        where, max_bad_share: see :func:`prepare`.
     """
-    source, root = about["source"], out / about["root"]
+    source, root, where, start, (most, share) = about["source"], out / about["root"], about["where"], about["start"], about["rows"]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     kept, bad, position, limit = [], [], start, start[0] + 1 + any(start[1:])
     while (missing := (most or 2**62) - sum(map(len, kept))) > 0 and position[0] < limit:
         rows, unread, position = take(position, missing, limit)
-        rows = _chosen(rows, where or {}, source)
-        paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in columns)
+        splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
+        require(where or not splits, f"{source} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
+        there = {column: _column(rows, column, source).unique().to_pylist()[:10] for column in where}
+        for column, wanted in where.items():
+            values = [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
+            rows = rows.filter(pc.is_in(rows[column], pa.array(values)))
+        paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in about["columns"])
         images = dict(zip(paths, zip(*(rows[name].to_pylist() for name in PLACE), strict=True), strict=True))
         # Pillow decodes outside the interpreter lock, so threads are enough.
         faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2, delay=2)
@@ -367,16 +350,16 @@ def hold(
     listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in sorted(bad))
     write_text(out / BAD_ROWS, "".join(listed))
     said = f"{len(rows)} of {total} rows of {source} are usable, for the others see {out / BAD_ROWS}"
-    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5]) or f"none has {where or 'anything'}"
-    require(len(bad) <= max_bad_share * total and len(rows), f"{said}; max_bad_share = {max_bad_share:.1%}: {first}")
+    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5]) or f"none has {where}; values there: {there}"
+    require(len(bad) <= share * total and len(rows), f"{said}; max_bad_share = {share:.1%}: {first}")
     if bad:
         logging.getLogger(__name__).warning(said)
     rows = rows.slice(0, most)
-    paths, captions = (rows[name].to_pylist() for name in columns)
+    paths, captions = (rows[name].to_pylist() for name in about["columns"])
     image_ids = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
     # The table's other columns stay beside our own.
     own = {"filepath": paths, "title": captions, "_image": image_ids}
-    own |= {name: rows[name] for name in rows.column_names if name not in (*own, *columns)}
+    own |= {name: rows[name] for name in rows.column_names if name not in (*own, *about["columns"])}
     datasets.disable_progress_bars()  # of the library's own: one line for a write of seconds
     datasets.Dataset(pa.table(own)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
@@ -408,10 +391,10 @@ class Stream:
     """
 
     def __init__(self, config: TrainConfig, run: Path) -> None:
-        table, columns = config.table, (config.image_column, config.caption_column)
-        require(is_sharded(table, columns[0]), f"{table} is no folder of shards, nor a data set of the hub: stream = False reads it")
-        self.config, self.run, self.size = config, run, config.episode_size
-        self.shards = Shards(table, columns, config.where, config.seed)
+        require(is_sharded(config.table), f"{config.table} is no folder of shards, nor a data set of the hub: stream = False reads it")
+        self.shards = Shards(config.table, (config.image_column, config.caption_column), config.where, config.seed)
+        self.run, self.seed, self.size = run, config.seed, config.episode_size
+        self.about = self.shards.about | {"rows": [self.size, config.max_bad_share]}
         self.starts = {"1": [0, 0, 0]}
 
     def open(self, number: int) -> Pairs:
@@ -420,32 +403,20 @@ class Stream:
         Raises:
             ValueError: too many samples are bad, or a pass has fewer that are usable than an episode.
         """
-        out, start, config = folder_of(self.run, number), self.starts[str(number)], self.config
+        out, start = folder_of(self.run, number), self.starts[str(number)]
         if not (out / "pairs.json").exists() or Pairs(out).about["start"] != start:
             for old in out.parent.glob("*/"):
                 shutil.rmtree(old)
-            about = {"source": config.table, "root": str(self.shards.root), "start": start}
-            chosen = {"where": config.where, "max_bad_share": config.max_bad_share}
-            hold(out, partial(self.shards.take, out), about, self.shards.columns, self.size, start=start, **chosen)
+            hold(out, self.about | {"start": start}, partial(self.shards.take, out))
             shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
         pairs = Pairs(out)
-        require(len(pairs) == self.size, f"a pass over {config.table} has {len(pairs)} usable pairs: lower episode_size to that")
+        require(len(pairs) == self.size, f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size to that")
         self.starts = {str(number): start, str(number + 1): pairs.about["next"]}
         return pairs
 
     def ids(self, number: int) -> np.ndarray:
         """Row numbers of the episode's pairs in the order they are learnt, (size,) int64."""
-        return numpy_generator(self.config.seed, "stream", number).permutation(self.size)
-
-
-def _chosen(rows: pa.Table, where: Mapping[str, object], source: str | Path) -> pa.Table:
-    """The rows that have these values."""
-    splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
-    require(where or not splits, f"{source} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
-    for column, wanted in where.items():
-        values = [str(value) for value in (wanted if isinstance(wanted, list | tuple) else [wanted])]
-        rows = rows.filter(pc.is_in(_column(rows, column, source), pa.array(values)))
-    return rows
+        return numpy_generator(self.seed, "stream", number).permutation(self.size)
 
 
 def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
@@ -469,11 +440,6 @@ def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
                 except (ValueError, AttributeError) as error:
                     fault = f"unreadable .{member}: {error}"
             yield fields, parts.get(kind, NO_PLACE), fault
-
-
-def _append(path: Path, data: bytes) -> tuple[str, int, int]:
-    with writing(path), path.open("ab") as file:
-        return IMAGES, file.tell(), file.write(data)
 
 
 def _field(value: Any) -> Any:

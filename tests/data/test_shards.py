@@ -12,7 +12,6 @@ import pytest
 from helpers import encoded, npy, picture, write_parquet, write_shard
 
 from protoclip_lab import teachers
-from protoclip_lab.config import TeacherConfig
 from protoclip_lab.data.pairs import Pairs, prepare
 
 
@@ -108,7 +107,7 @@ def test_pairs_of_parquet_files_have_their_pixels_captions_and_columns(hub, tmp_
     for index, number in enumerate(numbers):
         np.testing.assert_array_equal(np.asarray(pairs.image(index)), np.asarray(picture(number)))
     assert pairs.column("width") == ["10"] * 10 and pairs.column("split") == ["train"] * 10
-    vectors = teachers.of(TeacherConfig(features="vector"), "teacher", pairs)
+    vectors = teachers.of("vector", "teacher", pairs)
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, [[i, 0.5, -i] for i in numbers])
     # Prepared once; moved elsewhere with its images.
@@ -117,9 +116,9 @@ def test_pairs_of_parquet_files_have_their_pixels_captions_and_columns(hub, tmp_
     np.testing.assert_array_equal(np.asarray(Pairs(tmp_path / "elsewhere").image(7)), np.asarray(picture(12)))
 
 
-def test_one_parquet_file_with_images_needs_no_split(tmp_path):
-    write_parquet(tmp_path / "one.parquet", [3, 4])
-    pairs = prepare(tmp_path / "one.parquet", tmp_path / "out", **IMAGE)
+def test_parquet_files_without_splits_need_none(tmp_path):
+    write_parquet(tmp_path / "set" / "one.parquet", [3, 4])
+    pairs = prepare(tmp_path / "set", tmp_path / "out", **IMAGE)
     assert pairs.captions == ["caption 3", "caption 4"] and "split" not in pairs.columns
 
 
@@ -140,25 +139,25 @@ def test_rows_without_an_image_are_listed_and_the_wanted_number_is_reached(tmp_p
 
 def test_several_captions_of_an_image_are_pairs_of_one_image(tmp_path):
     image = {"bytes": encoded(5), "path": None}
-    parquet.write_table(pa.table({"image": [image], "text": [["one", "two"]]}), tmp_path / "one.parquet")
-    pairs = prepare(tmp_path / "one.parquet", tmp_path / "out", **IMAGE)
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pa.table({"image": [image], "text": [["one", "two"]]}), tmp_path / "set" / "one.parquet")
+    pairs = prepare(tmp_path / "set", tmp_path / "out", **IMAGE)
     assert pairs.captions == ["one", "two"] and pairs.image_ids.tolist() == [0, 0]
-    assert (tmp_path / "out" / "images").stat().st_size == len(encoded(5))
 
 
 def test_a_name_of_the_hub_goes_to_the_hub(hub, tmp_path, monkeypatch):
     asked, load = [], datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: asked.append(name) or load(str(hub), **options))
-    for name in ("hf://datasets/nobody/things", "hf://datasets/nobody/things/small"):
-        pairs = prepare(name, tmp_path / name.rpartition("/")[2], where={"split": "test"}, **IMAGE)
+    for name in ("hf://datasets/nobody/things", "hf://datasets/nobody/things:small"):
+        pairs = prepare(name, tmp_path / name[-5:], where={"split": "test"}, **IMAGE)
         assert pairs.captions == ["caption 90", "caption 91"]
-    assert asked == [("nobody/things", None), ("nobody/things", "small")]
+    assert asked == [("nobody/things",), ("nobody/things", "small")]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, r"has the splits \[.*\], not 'None'.*where={'split': 'train'}"),
+        ({}, r"has splits \[.*\], not 'None'.*where={'split': 'train'}"),
         ({"where": {"split": "trian"}}, "not 'trian'.*nearest valid name is 'train'"),
         ({"where": {"split": "train"}, "image_column": "imag"}, "no column 'imag'; the nearest valid name is 'image'"),
         ({"where": {"split": "train"}, "caption_column": "txt"}, "no column 'txt'; the nearest valid name is 'text'"),
@@ -176,7 +175,7 @@ def test_vectors_of_a_shard_are_teacher_features_and_no_pickle_is_opened(folder,
     write_shard(folder / "00001.tar", [*sample(7), ("000000007.clip.npy", poison), *sample(8), ("000000008.clip.npy", npy([8, 1]))])
     pairs = prepare(folder, tmp_path / "out", max_bad_share=0.5)
     assert "unreadable .clip.npy" in (tmp_path / "out" / "bad_rows.jsonl").read_text()
-    np.testing.assert_array_equal(teachers.of(TeacherConfig(features="clip.npy"), "t", pairs), [[0, 1], [1, 1], [2, 1], [8, 1]])
+    np.testing.assert_array_equal(teachers.of("clip.npy", "t", pairs), [[0, 1], [1, 1], [2, 1], [8, 1]])
     with pytest.raises(ValueError, match="title of .* holds no vectors"):
         pairs.vectors("title")
 

@@ -148,9 +148,6 @@ def test_an_episode_larger_than_a_pass_and_a_table_of_paths_are_refused(tars, tm
     [
         ({"episode_size": None}, "stream needs episode_size"),
         ({"dataset_size": 100}, "stream needs episode_size, and no dataset_size"),
-        ({"teachers": [{"name": "t"}]}, "a teacher needs features or, of a stream, model"),
-        ({"teachers": [{"features": "a.npy", "model": "b"}]}, "a teacher needs features or, of a stream, model"),
-        ({"stream": False, "teachers": [{"model": "b"}]}, "a teacher needs features or, of a stream, model"),
     ],
 )
 def test_settings_that_do_not_go_with_a_stream_are_refused(changes, message, tars, tmp_path):
@@ -208,7 +205,7 @@ def test_a_streamed_run_can_be_looked_at(files, tmp_path):
 def test_two_processes_learn_what_one_learns_by_the_teacher_that_one_of_them_made(tars, tmp_path):
     # Without BatchNorm, whose statistics are each process's own on a CPU.
     own = {
-        "teachers": [{"name": "minilm", "model": MINI_LM, "k": 3}],
+        "teachers": [{"name": "minilm", "features": MINI_LM, "k": 3}],
         "projection_depth": 0,
         "kmeans_engine": "torch",
         "batch_size": 12,
@@ -220,5 +217,5 @@ def test_two_processes_learn_what_one_learns_by_the_teacher_that_one_of_them_mad
     assert "loss/minilm_to_image_3" in losses[0]
     np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
     pairs = pairs_of(two)
-    found = teachers.of(two.config.teachers[0], "minilm", pairs)
+    found = teachers.of(MINI_LM, "minilm", pairs)
     np.testing.assert_allclose(found, teachers.extract(pairs.captions, MINI_LM, dim=None), atol=1e-5)

@@ -167,7 +167,7 @@ LATER = [
     ({"where": {"splt": "train"}}, "no column 'splt'; the nearest valid name is 'split'"),
     ({"where": {"split": "trian"}}, "no row of .* split = 'trian'; values there"),
     ({"where": {}}, "has 'split' .* say which"),
-    ({"teachers": [{"features": "/nowhere/x.npy"}]}, "/nowhere/x.npy are broken, moved or .* Run 02_extract_teacher again"),
+    ({"teachers": [{"features": "/nowhere/x.npy"}]}, "/nowhere/x.npy is broken, missing or .* Run 02_extract_teacher again"),
     ({"evaluation_sets": [{"nam": "x"}]}, "'nam' of EvaluationSet; the nearest valid name is 'name'"),
     ({"precision": "fp16"}, "take 'bf16'"),
     ({"episode_size": 500}, "episode_size = 500 does not fit a table of 80 usable pairs: take at most 80"),

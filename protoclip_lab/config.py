@@ -71,9 +71,7 @@ class TrainConfig(Settings):
 
     # --- data
     stream: bool = Field(False, description="read shards as a stream: an episode is its next pairs, held while it lasts")
-    table: str = Field(
-        "shapes", description="TSV, CSV, Parquet, shards, hf://datasets/NAME, folder of 01_prepare_data; shapes draws its own"
-    )
+    table: str = Field("shapes", description="TSV, CSV, Parquet, shards, hf://datasets/NAME, or made by 01; shapes draws its own")
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
     image_column: str = Field("filepath", description="column of image paths")
     caption_column: str = Field("title", description="column of captions")

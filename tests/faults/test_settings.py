@@ -165,7 +165,7 @@ LATER = [
     ({"image_root": "/nowhere"}, "there is no image_root /nowhere: name the folder"),
     ({"image_column": "filepaht"}, "no column 'filepaht'; the nearest valid name is 'filepath'"),
     ({"where": {"splt": "train"}}, "no column 'splt'; the nearest valid name is 'split'"),
-    ({"where": {"split": "trian"}}, "no row of .* split = 'trian'; values there"),
+    ({"where": {"split": "trian"}}, "none has {'split': 'trian'}; values there"),
     ({"where": {}}, "has 'split' .* say which"),
     ({"teachers": [{"features": "/nowhere/x.npy"}]}, "/nowhere/x.npy is broken, missing or .* Run 02_extract_teacher again"),
     ({"evaluation_sets": [{"nam": "x"}]}, "'nam' of EvaluationSet; the nearest valid name is 'name'"),

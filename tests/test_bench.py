@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_real_data: None)
     # As their sections leave them, which train and compile for longer than a test may.
     about = {"made": found["loss"]["made"], "took": 1.0}
     chain = [{"seconds": {"faithful": [3.0], "warm": [0.5]}, "objective": {"faithful": 9.0, "warm": 9.05}, "moved_by_radii": 0.3}]
-    found["kmeans"] = about | {"settings": {}, "cases": {"N 8, K 2": chain}}
+    found["kmeans"] = about | {"settings": {"huge": (9, 3)}, "cases": {"N 8, K 2": chain}, "engines": {"faiss": [2.0]}}
     found["input"] = about | {"settings": {"images": 8}, "seconds": {"drawn": {"decode": [1.0], "light": [2.0]}}}
     found["umap"] = about | {"settings": {"points": 9, "d": 2}, "seconds": {"umap": [4.0]}}
     found["open_clip"] = about | {

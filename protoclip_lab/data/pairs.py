@@ -436,7 +436,7 @@ def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
                     elif member == "json":
                         fields = {name: _field(value) for name, value in json.loads(data).items()} | fields
                     elif data:
-                        fields[member] = np.load(BytesIO(data), allow_pickle=False).ravel()
+                        fields[member] = np.lib.format.read_array(BytesIO(data), allow_pickle=False).ravel()
                 except (ValueError, AttributeError) as error:
                     fault = f"unreadable .{member}: {error}"
             yield fields, parts.get(kind, NO_PLACE), fault

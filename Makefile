@@ -1,14 +1,15 @@
-# make demo · test · faults · lint · bench · lab · notebooks. Each sets up .venv when it has to; PY=python takes the active environment.
+# make demo · test · faults · soak · lint · bench · lab · notebooks. Each sets up .venv when it has to; PY=python takes the active environment.
 PYTHON ?= python3
 PY ?= .venv/bin/python
 ready := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 
-.PHONY: help demo test faults lint bench lab notebooks
+.PHONY: help demo test faults soak lint bench lab notebooks
 
 help:
 	@echo "make demo       CLIP and ProtoCLIP on drawn shapes: data, teacher, training, evaluation, comparison"
 	@echo "make test       the tests"
 	@echo "make faults     the fault suite whole: 40 kills, full disks, damaged and hostile files; make test has a part of it"
+	@echo "make soak       half an hour of training, its memory and file handles counted"
 	@echo "make lint       ruff over code and notebooks"
 	@echo "make bench      what ProtoCLIP costs beside CLIP, measured: reports/benchmarks/table.md"
 	@echo "make lab        JupyterLab on the notebooks"
@@ -22,6 +23,9 @@ test: $(ready)
 
 faults: $(ready)
 	ALL_FAULTS=1 $(PY) -m pytest tests/faults
+
+soak: $(ready)
+	$(PY) -m tests.faults.soak
 
 lint: $(ready)
 	$(PY) -m ruff check .

@@ -9,6 +9,7 @@ fault                                                  tests (here, where no fol
 =====================================================  ==========================================================================
 SIGKILL at 20 random moments, one and two processes    test_kills; at chosen places, SIGINT too: tests/test_resume, and of
                                                        processes that torchrun or the command line started: tests/test_processes
+                                                       with the pairs of a stream gone too: tests/data/test_stream
 disk full: checkpoint, metrics, teacher, report        test_disk
 half-written or bit-flipped checkpoint                 test_checkpoints; a watcher: tests/evaluation/test_watch
 two runs with one name at once                         test_checkpoints, tests/test_resume
@@ -26,5 +27,6 @@ pickles in place of weights, features, ``.npy``        test_checkpoints; authors
 NaN in features, loss and gradient                     test_numbers; tests/test_training, tests/test_clustering
 K > N, episode or data set too small                   test_settings; tests/test_config, tests/test_training, tests/data/test_episodes
 all features equal                                     test_numbers; tests/test_clustering, tests/test_teachers
+half an hour of training                               soak.py, no test: ``make soak``; figures in reports/LOG.md
 =====================================================  ==========================================================================
 """

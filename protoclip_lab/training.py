@@ -521,7 +521,7 @@ class _Trainer:
         self.row.update(about["row"])
         if self.stream:
             self.stream.starts = about["starts"]
-        self.buffer = load_file(checkpoint / "trainer.safetensors", str(self.device))
+        self.buffer = {name: value.to(self.device) for name, value in load_file(checkpoint / "trainer.safetensors").items()}
         self.moments = self.buffer.pop("moments")
         self.records = prototypes.load(checkpoint, self.device)
         encoders.restore(self.bare, checkpoint)

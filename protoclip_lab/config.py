@@ -93,7 +93,6 @@ class TrainConfig(Settings):
     projection_depth: int = Field(1, ge=0, description="hidden layers of the projection heads; 0 is one Linear")
     lock_image: bool = Field(False, description="freeze the image tower from the start")
     lock_image_unlocked_groups: int = Field(0, ge=0, description="last groups of a locked image tower that still learn")
-    lock_image_freeze_bn: bool = Field(True, description="a locked image tower keeps its BatchNorm statistics")
 
     # --- episodes
     episodes: int = Field(8, ge=1, description="number of episodes")
@@ -122,7 +121,6 @@ class TrainConfig(Settings):
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
-    extraction_precision: Literal["as_trained", "bf16"] = Field("as_trained", description="autocast of the extraction")
 
     # --- optimisation
     batch_size: int = Field(64, ge=2, description="pairs in a forward pass, of all processes together")
@@ -154,7 +152,7 @@ class TrainConfig(Settings):
     def _settings_fit_together(self) -> "TrainConfig":
         clip = self.objective == "clip"
         size, lit, end = (value or math.inf for value in (self.episode_size, self.lit_start_episode, self.text_end_episode))
-        for k in self.teacher_ks().values():
+        for k in [t.k for t in self.every_teacher()]:
             require(clip or max([*k, 1]) <= size, f"k = {k} is more than episode_size; the nearest valid value is {size}")
             require(k and min(k) > 0, f"k = {k} is out of range; the nearest valid value is {[max(1, x) for x in k] or [1]}")
         require(not self.stream or (self.episode_size and not self.dataset_size), "stream needs episode_size, and no dataset_size")
@@ -162,19 +160,20 @@ class TrainConfig(Settings):
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")
         require(self.evaluation_sets or not self.evaluate_every, "evaluate_every is set but evaluation_sets is empty: name some")
-        names = self.teacher_names()
+        names = [t.name for t in self.every_teacher() if t.features or t.model]
         require(len({*names, "image", "text"}) == len(names) + 2, f"teacher names {names} must differ, and not be 'image' or 'text'")
         return self
 
-    def teacher_names(self) -> list[str]:
-        """The external teachers' names, in order."""
-        return [t.name or f"{Path(t.features).resolve().parent.name}_{Path(t.features).stem}" for t in self.teachers]
-
-    def teacher_ks(self) -> dict[str, list[int]]:
-        """Numbers of prototypes by teacher: "image", "text" (with a positive proto_weight) and the external ones."""
-        given = dict.fromkeys(["image", "text"], self.k) if self.proto_weight > 0 else {}
-        given |= {name: self.k if t.k is None else t.k for name, t in zip(self.teacher_names(), self.teachers, strict=True)}
-        return {name: k if isinstance(k, list) else [k] for name, k in given.items()}
+    def every_teacher(self) -> list[TeacherConfig]:
+        """The teachers "image" and "text" (with a positive proto_weight) and the external ones; each with its name, and k a list."""
+        internal, found = ("image", "text") if self.proto_weight > 0 else (), []
+        own = {"weight": self.proto_weight, "temperature": self.temperature}
+        for t in [*(TeacherConfig(features=name, name=name, **own) for name in internal), *self.teachers]:
+            path, k = Path(t.features), self.k if t.k is None else t.k
+            path = path.resolve() if path.exists() else path  # it may name a column, or a model
+            name = t.name or f"{path.parent.name}_{path.stem}".strip("_")
+            found.append(t.model_copy(update={"name": name, "k": k if isinstance(k, list) else [k]}))
+        return found
 
 
 def call(function: Callable, namespace: dict[str, Any], *passed_to: Callable) -> Any:

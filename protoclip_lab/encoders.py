@@ -124,7 +124,7 @@ def create(config: TrainConfig) -> TwoTowers:
         heads = {"width": cfg["embed_dim"], **sizes} if config.objective == "protoclip" else None
         model = TwoTowers(clip, cfg, tokenizer(context_length=cfg["text_cfg"].get("context_length")), heads)
     if config.lock_image:
-        clip.lock_image_tower(unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=config.lock_image_freeze_bn)
+        clip.lock_image_tower(unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=True)
     return model
 
 

@@ -1,29 +1,20 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from protoclip_lab import clustering, losses
+from protoclip_lab.config import TrainConfig
 from protoclip_lab.randomness import derive
 
 STUDENTS = ("image", "text")
 TENSORS = ("labels", "teacher_centroids", "centroids", "targets", "occupied")  # of Prototypes
-
-
-class Teacher(NamedTuple):
-    """How one teacher teaches: its name, how finely it clusters, how softly, and how much it counts."""
-
-    name: str  # "image" | "text" | name of an external teacher
-    ks: Sequence[int]  # prototypes at several granularities: each direction is the mean over them
-    temperature: float  # τ of the soft target; ≤ 0 means one-hot
-    weight: float  # of each of its directions, before the mean over ks
 
 
 @dataclass
@@ -66,7 +57,7 @@ class Prototypes:
 
 
 def construct(
-    features: dict[str, Tensor], teachers: list[Teacher], seed: int, back_translation: bool = True, mask_empty: bool = True, **how: Any
+    features: dict[str, Tensor], config: TrainConfig, seed: int, init: Mapping[str, Tensor]
 ) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
@@ -75,28 +66,29 @@ def construct(
     Args:
         features: by name: "image" and "text" hold the students' (N, d) projected features h, other names an
             external teacher's (N, d_t) stored features, all of the same N samples.
-        teachers: who teaches.
+        config: who teaches and how. Half a teacher's weight is that of each direction, which is the mean over its k.
+            Without ``back_translation`` ``C = T``, which only internal teachers can do; without ``mask_empty`` empty
+            clusters compete in both softmaxes, as in the authors' code.
         seed: of the episode; each teacher and k draws its own from it.
-        back_translation: C from PBT; False takes ``C = T``, which only internal teachers can do.
-        mask_empty: keep empty clusters out of both softmaxes; False lets them compete, as the authors' code does.
-        how: iterations, restarts and the like of :func:`protoclip_lab.clustering.kmeans`; ``init`` by the name of the
-            clusters that it becomes.
+        init: centroids to begin from, by the name of the clusters that they become.
 
     Returns:
         One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
     """
-    records, clusters, init = [], {}, how.pop("init", {})
-    for teacher in teachers:
-        for k in teacher.ks:
+    records, clusters = [], {}
+    names = ("iterations", "restarts", "engine", "tolerance", "balanced", "share_above")
+    how = {name: getattr(config, f"kmeans_{name}") for name in names}
+    for teacher in config.every_teacher():
+        for k in teacher.k:
             name = f"{teacher.name}_{k}"
             start = {"seed": derive(seed, "clusters of", teacher.name, k), "init": init.get(name)}
-            clusters[name] = found = clustering.kmeans(features[teacher.name], k, **start, **how)
-            occupied = (found.sizes > 0) | (not mask_empty)
+            labels, teacher_centroids, sizes, _ = clusters[name] = clustering.kmeans(features[teacher.name], k, **start, **how)
+            occupied = (sizes > 0) | (not config.mask_empty)
             for student in [s for s in STUDENTS if s != teacher.name]:
-                centroids = clustering.back_translate(found.labels, features[student], k) if back_translation else found.centroids
-                targets = losses.expected_prototypes(found.centroids, centroids, teacher.temperature, occupied=occupied)
-                made = (found.labels, found.centroids, centroids, targets, occupied)
-                records.append(Prototypes(student, teacher.name, *made, teacher.weight / len(teacher.ks)))
+                centroids = clustering.back_translate(labels, features[student], k) if config.back_translation else teacher_centroids
+                targets = losses.expected_prototypes(teacher_centroids, centroids, teacher.temperature, occupied=occupied)
+                made = (labels, teacher_centroids, centroids, targets, occupied)
+                records.append(Prototypes(student, teacher.name, *made, teacher.weight / 2 / len(teacher.k)))
     return records, clusters
 
 

@@ -89,9 +89,8 @@ class Snapshot:
         if of in prototypes.STUDENTS:
             features = getattr(self.features, f"{of}_projection")
         else:
-            config = self.run.config
-            stored = config.teachers[config.teacher_names().index(of)].features
-            features = torch.from_numpy(teachers.of(stored, of, self.pairs)[self.rows])
+            stored = next(teacher.features for teacher in self.run.config.every_teacher() if teacher.name == of)
+            features = torch.from_numpy(teachers.of(stored, self.pairs)[self.rows])
         if record := self._record(of):
             centroids = record.teacher_centroids if record.teacher == of else record.centroids
             # The nearest occupied one: the place of an empty cluster means nothing.
@@ -219,9 +218,8 @@ class Snapshot:
         """
         record = next((record for record in self.records if record.student == "image"), None)
         require(record, f"there are no prototypes at {self.checkpoint}")
-        chosen, config = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples], self.run.config
-        # The internal teachers' is the run's own.
-        temperature = dict(zip(config.teacher_names(), config.teachers, strict=True)).get(record.teacher, config).temperature
+        chosen = randomness.numpy_generator(self.seed, "soft").permutation(len(self.rows))[:samples]
+        temperature = next(t.temperature for t in self.run.config.every_teacher() if t.name == record.teacher)
         T, C, y = record.teacher_centroids, record.centroids, torch.from_numpy(self.prototypes(record.teacher)[0][chosen])
         scale = encoders.load(self.checkpoint).logit_scale_proto.exp().item()
         p = losses.masked(T[y] @ T.T / temperature, record.occupied).softmax(1) if temperature > 0 else nn.functional.one_hot(y, len(T))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ class _Trainer:
         require_known(config.device, ("auto", self.device.type), f"device = {config.device!r} is not there")
         require(config.precision != "fp16" or self.device.type != "cpu", "precision = 'fp16' needs a GPU; on a CPU take 'bf16'")
         require(not config.batch_size % self.processes, f"{self.processes} processes cannot share batch_size = {config.batch_size}")
+        self.teachers = config.every_teacher() if config.objective == "protoclip" else []
         self.stream = Stream(config, run.path) if config.stream else None
         if not self.stream:
             self._open()
@@ -158,23 +160,20 @@ class _Trainer:
         self.episodes = self.stream or Episodes(len(self.pairs), config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
         require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
-        self.steps = size // self.width
-        self.teachers = self._teachers()
+        self.steps, rolling = size // self.width, config.prototypes == "rolling"
+        self.rows = self.steps * self.width if rolling else size  # pairs of an episode that are clustered
+        for k in [k for teacher in self.teachers for k in teacher.k]:
+            require(k <= self.rows, f"k = {k} is more than the {self.rows} pairs of an episode that are clustered")
         self.records: list[prototypes.Prototypes] = []
         # Rolling prototypes are made of h_I and h_T as the steps of the episode before left them here.
-        self.buffer: dict[str, Tensor] = {}
-        if self.teachers and config.prototypes == "rolling":
-            shape = self.steps * self.width, config.projection_dim
-            self.buffer = {name: torch.zeros(shape, device=self.device) for name in prototypes.STUDENTS}
+        kept = prototypes.STUDENTS if self.teachers and rolling else ()
+        self.buffer = {name: torch.zeros(self.rows, config.projection_dim, device=self.device) for name in kept}
         self.unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # metrics of steps that are still on the device
         # Steps done in all; the next one when this process was asked to stop, and when all know it.
         self.step, self.asked, self.interrupted, checkpoint = 0, 0, 0, run.latest
         # A resumed run takes towers, transform and tokenizer from its checkpoint, and fetches no pretrained weights.
         own = {} if checkpoint is None else {"model": f"local-dir:{checkpoint}", "pretrained": "", "text_model": ""}
         self.bare = model = encoders.create(config.model_copy(update=own))
-        vit = not hasattr(model.clip.visual, "layer1")
-        betas = config.betas or ((0.9, 0.98) if vit else (0.9, 0.999))
-        eps = config.eps if config.eps is not None else (1e-6 if vit else 1e-8)
         # The layout convolutions run fastest in, on CPUs and GPUs alike.
         model.to(self.device).clip.visual.to(memory_format=torch.channels_last)
         if config.grad_checkpointing:
@@ -183,10 +182,13 @@ class _Trainer:
             model = self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif self.processes > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and self.main:
             logging.getLogger(__name__).warning("each of the %d processes has BatchNorm statistics of its own", self.processes)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, betas=tuple(betas), eps=eps, fused=True)
+        betas, eps = ((0.9, 0.999), 1e-8) if hasattr(model.clip.visual, "layer1") else ((0.9, 0.98), 1e-6)
+        how = {"betas": tuple(config.betas or betas), "eps": eps if config.eps is None else config.eps}
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, fused=True, **how)
         # Not wrapped in DistributedDataParallel, which refuses what heads make and no loss asks for, as in warm-up: see _average.
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
         if config.compile:
             self.model.compile()
         world = {"rank": self.rank, "world_size": self.processes}
@@ -194,9 +196,8 @@ class _Trainer:
         self.alignment = SigLipLoss(**world, dist_impl="gather") if config.alignment == "siglip" else clip_loss
         self.crop = Augmentation(config.augmentation, *(model.clip.visual.preprocess_cfg[key] for key in ("size", "mean", "std")))
         transforms = {"train": self.crop, "eval": model.eval_transform}
-        extracted = self.teachers and not self.buffer and config.extraction_transform == "train"
-        # The same images, read alike; several processes share an episode out anew for learning.
-        again = {"visits": config.visits, "cache": 256 if config.visits > 1 or (extracted and self.processes == 1) else 0}
+        # Read more than once: in several visits, or for extraction and learning.
+        again = {"visits": config.visits, "cache": 256 if config.visits > 1 or (self.teachers and not rolling) else 0}
         batches = Batches(run.path if config.stream else self.pairs, transforms, model.tokenizer, config.seed, **again)
         self.reader = Reader(batches, workers=config.workers, pin_memory=self.device.type == "cuda")
         # Checked now: a mistyped set must not wait for the first evaluation to fail.
@@ -227,10 +228,9 @@ class _Trainer:
                 while self.step < total:
                     self._episode(self.step // self.steps + 1)
             except Interrupted:
-                name = checkpoint_name(*divmod(self.step, self.steps))
                 self._flush()
                 if self.step:  # there already, at an episode's end: which each process would have to see alike
-                    self._save(name)
+                    self._save(checkpoint_name(*divmod(self.step, self.steps)))
                 raise
             finally:
                 signal.signal(signal.SIGINT, before)
@@ -255,36 +255,34 @@ class _Trainer:
 
     def _episode(self, episode: int) -> None:
         config = self.config
-        drawn, self.visit = divmod(episode - 1, config.visits)
+        drawn, visit = divmod(episode - 1, config.visits)
         if self.stream:
             with self._timed("fetch"):
                 self._open(drawn + 1)
-        self.ids = self.episodes.ids(drawn + 1)
-        order = np.arange(self.steps * self.width if self.buffer else len(self.ids))
+        ids = self.episodes.ids(drawn + 1)[: self.rows]
         # Visited again, the same pairs come in other batches.
-        order = numpy_generator(config.seed, "visit", episode).permutation(order) if self.visit else order
-        # Of each pair in the order it is learnt, its place in the order of what was clustered.
-        self.places = torch.from_numpy(order if self.buffer else np.arange(len(order))).to(self.device)
-        self.ids = self.ids[order]
+        order = numpy_generator(config.seed, "visit", episode).permutation(self.rows) if visit else np.arange(self.rows)
+        # Of each pair in the order it is learnt: its row of the table, and its place among what is clustered.
+        self.ids, self.places = ids[order], torch.from_numpy(order).to(self.device)
         # On the device once an episode: a step that fetched its own would wait for them.
         own = {"dtype": torch.float32, "device": self.device}
-        self.outside = {name: torch.as_tensor(table[self.ids], **own) for name, table in self.external.items()}
+        self.outside = {name: torch.as_tensor(table[ids], **own) for name, table in self.external.items()}
         if episode >= (config.lit_start_episode or math.inf):
             self.bare.clip.visual.requires_grad_(False)
         teaching = self._teaching(episode)
         # Not where rolling prototypes are there, or this episode was interrupted after its own were made.
         if teaching and not (self.records and self.buffer) and not self.step % self.steps:
             with self._timed("extract"):
-                features = self._extract(episode)
+                features = self._extract(episode, ids)
             with self._timed("cluster"):
                 self._construct(features)
         # Those made of other pairs find labels on the fly.
-        self.records = [replace(record, carried=bool(self.buffer) and not self.visit) for record in self.records]
+        self.records = [replace(record, carried=bool(self.buffer) and not visit) for record in self.records]
         with self._timed("learn"):
             self._learn(episode, teaching)
         if self.buffer and self._teaching(episode + 1):
             with self._timed("cluster"):
-                self._construct(self.buffer | {name: found[self.places.argsort()] for name, found in self.outside.items()})
+                self._construct(self.buffer | self.outside)
         if self.main and config.evaluate_every and episode % config.evaluate_every == 0:
             with self._timed("evaluate"):
                 rows = suite.evaluate(self.bare, self.sets, records=self.records, seed=config.seed, folder=self.run.path)
@@ -308,30 +306,23 @@ class _Trainer:
         return bool(self.teachers) and self.config.infonce_warmup_episodes < episode < (self.config.lit_start_episode or math.inf)
 
     @torch.no_grad()
-    def _extract(self, episode: int) -> dict[str, Tensor]:
+    def _extract(self, episode: int, ids: np.ndarray) -> dict[str, Tensor]:
         self.model.eval()
         utils.broadcast([*self.bare.buffers()])  # BatchNorm's statistics, which a resumed run has of the first process alone
         # Each process takes an equal part; some of the first pairs fill up the last, and go again.
-        own = np.resize(self.ids, (self.processes, -(-len(self.ids) // self.processes)))[self.rank]
+        own = np.resize(ids, (self.processes, -(-len(ids) // self.processes)))[self.rank]
         size = self.config.batch_size // self.processes
-        stretches, transform = np.split(own, range(size, len(own), size)), self.config.extraction_transform
-        found, lower = [], self.config.extraction_precision == "bf16"
-        for batch in self._read(stretches, transform=transform, purpose="extract", episode=episode):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
-                found.append(self.model(*batch)[2:])  # of the four outputs the last two, h_I and h_T
-        image, text = (self.accelerator.gather(torch.cat(parts))[: len(self.ids)] for parts in zip(*found, strict=True))
+        stretches = np.split(own, range(size, len(own), size))
+        batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
+        found = [self.model(*batch)[2:] for batch in batches]  # of the four outputs the last two, h_I and h_T
+        image, text = (self.accelerator.gather(torch.cat(parts))[: len(ids)] for parts in zip(*found, strict=True))
         return {"image": image, "text": text} | self.outside
 
     def _construct(self, features: dict[str, Tensor]) -> None:
         config = self.config
         before = {f"{r.teacher}_{len(r.centroids)}": r for r in self.records}
-        names = ("iterations", "restarts", "engine", "tolerance", "balanced", "share_above")
-        how = {name: getattr(config, f"kmeans_{name}") for name in names}
-        how |= {"back_translation": config.back_translation, "mask_empty": config.mask_empty}
-        if config.kmeans_warm_start:
-            how["init"] = {name: record.teacher_centroids for name, record in before.items()}
-        seed = derive(config.seed, "prototypes", self.step)
-        self.records, clusters = prototypes.construct(features, self.teachers, seed, **how)
+        init = {name: record.teacher_centroids for name, record in before.items() if config.kmeans_warm_start}
+        self.records, clusters = prototypes.construct(features, config, derive(config.seed, "prototypes", self.step), init)
         for name, found in clusters.items():
             sizes = {"smallest": found.sizes.min(), "median_size": found.sizes.median(), "largest": found.sizes.max()}
             sizes |= {"empty": (found.sizes == 0).sum(), "objective": found.objective}
@@ -376,8 +367,9 @@ class _Trainer:
             if step % self.config.log_every == 0:
                 self._record(self._flush())
             self.bar.update()
-            for name, feature in zip(self.buffer, (outputs.image_projection, outputs.text_projection), strict=False):
-                self.buffer[name][self.accelerator.gather(self.places[part])] = self.accelerator.gather(feature.detach())
+            for name, kept in self.buffer.items():
+                feature = getattr(outputs, f"{name}_projection").detach()
+                kept[self.accelerator.gather(self.places[part])] = self.accelerator.gather(feature)
         self._flush()
 
     def _flush(self) -> dict[str, Any]:
@@ -396,7 +388,7 @@ class _Trainer:
         for (about, parts), found in zip(self.unread, values, strict=True):
             row = about | dict(zip(parts, found, strict=True))
             # With a scaler an infinite norm is its everyday business: it skips the step and lowers the scale.
-            if not math.isfinite(row["loss"] + (row["grad_norm"] if self.accelerator.scaler is None else 0)):
+            if not math.isfinite(row["loss"] + (0 if self.scaler.is_enabled() else row["grad_norm"])):
                 found = f"loss is {row['loss']}, gradient norm is {row['grad_norm']} at step {row['step']} of episode {row['episode']}"
                 raise FloatingPointError(f"{found}: take a lower lr; last good checkpoint: {self.run.latest or 'none yet'}")
             for name in parts:
@@ -405,46 +397,36 @@ class _Trainer:
         self.unread.clear()
         return row
 
-    def _differentiate(self, outputs: encoders.Outputs, part: slice, records: list[prototypes.Prototypes]) -> dict[str, Tensor]:
-        """Gradient of the total loss of a part of the episode; for the metrics its parts and prototype accuracies."""
-        config, clip = self.config, self.bare.clip
+    def _backward(self, images: Tensor, tokens: Tensor, part: Tensor, records: list) -> tuple[encoders.Outputs, dict[str, Tensor]]:
+        """Gradient of one step's total loss; for the metrics the loss's parts and prototype accuracies.
+
+        In one pass or in several whose negatives span them all, as open_clip's ``accum_freq``: then each keeps its features
+        alone and is made again when the gradient gets to it, exact where the forward pass is (BatchNorm sees one pass at a time).
+        """
+        config, clip, passes = self.config, self.bare.clip, self.config.accumulation
+        forward = partial(checkpoint, self.model, use_reentrant=False) if passes > 1 else self.model
+        made = [forward(*chunk) for chunk in zip(images.chunk(passes), tokens.chunk(passes), strict=True)]
+        outputs = encoders.Outputs(*map(torch.cat, zip(*made, strict=True)))
+        # BatchNorm's running statistics move in the first pass; not when it is made again.
+        buffers = {buffer: buffer.clone() for buffer in self.bare.buffers()} if passes > 1 else {}
         bias = {"logit_bias": clip.logit_bias} if config.alignment == "siglip" else {}
         align = self.alignment(outputs.image, outputs.text, clip.logit_scale.exp(), **bias)
         # Alone, in warm-up and in the locked stage, the alignment loss has weight 1.
         total = config.clip_weight * align if records else align
         parts = {"loss/clip": align.detach()}
-        students = {"image": outputs.image_projection, "text": outputs.text_projection}
+        places, students = self.places[part], {"image": outputs.image_projection, "text": outputs.text_projection}
         known = {name: feature.detach() for name, feature in students.items()}
-        if any(record.carried for record in records):
-            known |= {name: found[part] for name, found in self.outside.items()}
+        known |= {name: found[places] for name, found in self.outside.items()}
         for record in records:
-            labels = record.labels_of(self.places[part], known.get(record.teacher))
+            labels = record.labels_of(places, known[record.teacher])
             loss = record.loss(students[record.student], labels, self.bare.logit_scale_proto.exp())
             total = total + record.weight * loss
             parts[f"loss/{record.name}"] = loss.detach()
             parts[f"accuracy/{record.name}"] = record.accuracy(known[record.student], labels)
         self.accelerator.backward(total)
-        return {"loss": total.detach(), **parts}
-
-    def _backward(self, images: Tensor, tokens: Tensor, part: slice, records: list) -> tuple[encoders.Outputs, dict]:
-        """Gradient of one step, in one pass or in several whose negatives span them all, as open_clip's ``accum_freq``.
-
-        With several, each pass keeps its features alone and is made again when the gradient gets to it: exact where the
-        forward pass is (BatchNorm sees one pass at a time).
-        """
-        passes = self.config.accumulation
-        if passes == 1:
-            outputs = self.model(images, tokens)
-            return outputs, self._differentiate(outputs, part, records)
-        chunks = zip(images.chunk(passes), tokens.chunk(passes), strict=True)
-        made = [checkpoint(self.model, *chunk, use_reentrant=False) for chunk in chunks]
-        outputs = encoders.Outputs(*map(torch.cat, zip(*made, strict=True)))
-        buffers = {buffer: buffer.clone() for buffer in self.bare.buffers()}
-        parts = self._differentiate(outputs, part, records)
         for buffer, value in buffers.items():
-            # BatchNorm's running statistics moved in the first pass; not twice.
             buffer.copy_(value)
-        return outputs, parts
+        return outputs, {"loss": total.detach(), **parts}
 
     # --- helpers of the loop
 
@@ -453,22 +435,8 @@ class _Trainer:
         # One process fetches and makes what is missing; the others then find it there.
         with self.accelerator.main_process_first():
             self.pairs = self.stream.open(number) if self.stream else pairs_of(self.run)
-            given = zip(self.config.teacher_names(), self.config.teachers, strict=True) if self.config.objective == "protoclip" else ()
-            self.external = {name: teachers.of(teacher.features, name, self.pairs) for name, teacher in given}
-
-    def _teachers(self) -> list[prototypes.Teacher]:
-        """Who teaches."""
-        config = self.config
-        if config.objective != "protoclip":
-            return []
-        ks, named = config.teacher_ks(), dict(zip(config.teacher_names(), config.teachers, strict=True))
-        own = {"temperature": config.temperature, "weight": config.proto_weight / 2}
-        found = [prototypes.Teacher(name, ks[name], **own) for name in prototypes.STUDENTS if name in ks]
-        found += [prototypes.Teacher(name, ks[name], teacher.temperature, teacher.weight / 2) for name, teacher in named.items()]
-        most = max((k for teacher in found for k in teacher.ks), default=0)
-        rows = self.steps * self.width if config.prototypes == "rolling" else self.episodes.size
-        require(most <= rows, f"k = {most} is more than the {rows} pairs of an episode that are clustered")
-        return found
+            external = [teacher for teacher in self.teachers if teacher.name not in prototypes.STUDENTS]
+            self.external = {teacher.name: teachers.of(teacher.features, self.pairs) for teacher in external}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -540,13 +508,11 @@ class _Trainer:
     def _write(self, folder: Path) -> None:
         encoders.save(self.bare, folder)
         prototypes.save(self.records, folder)
-        if self.buffer:
-            save_file(self.buffer, folder / "buffer.safetensors")
+        save_file({"moments": self.moments, **self.buffer}, folder / "trainer.safetensors")
         slots = {name: self.optimizer.state.get(value, {}) for name, value in self.bare.named_parameters()}
         tensors = {f"{name}/{key}": value.detach().cpu().contiguous() for name, slot in slots.items() for key, value in slot.items()}
         save_file(tensors, str(folder / "optimizer.safetensors"))
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        about = {"step": self.step, "row": self.row, "moments": self.moments.tolist(), "scaler": scaler}
+        about = {"step": self.step, "row": self.row, "scaler": self.scaler.state_dict()}
         write_json(folder / "trainer.json", about | {"starts": self.stream and self.stream.starts})
 
     def _restore(self, checkpoint: Path) -> None:
@@ -555,11 +521,9 @@ class _Trainer:
         self.row.update(about["row"])
         if self.stream:
             self.stream.starts = about["starts"]
-        self.moments.copy_(torch.tensor(about["moments"]))
+        self.buffer = {name: value.to(self.device) for name, value in load_file(checkpoint / "trainer.safetensors").items()}
+        self.moments = self.buffer.pop("moments")
         self.records = prototypes.load(checkpoint, self.device)
-        if self.buffer:
-            for name, value in load_file(checkpoint / "buffer.safetensors").items():
-                self.buffer[name].copy_(value)
         encoders.restore(self.bare, checkpoint)
         for key, value in load_file(checkpoint / "optimizer.safetensors").items():
             name, slot = key.rsplit("/", 1)
@@ -567,5 +531,4 @@ class _Trainer:
             # Laid out as the parameter, in an allocation of its own: fused AdamW walks both side by side.
             like = value.to(self.device) if slot == "step" else parameter
             self.optimizer.state[parameter][slot] = torch.empty_like(like).copy_(value)
-        if about["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(about["scaler"])
+        self.scaler.load_state_dict(about["scaler"])

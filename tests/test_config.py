@@ -43,11 +43,12 @@ def test_numbers_from_the_command_line_may_be_text():
 def test_config_survives_json():
     config = TrainConfig(k=[10, 20], teachers=[{"features": "a/b.npy", "k": 5}])
     assert TrainConfig(**json.loads(json.dumps(config.model_dump(mode="json")))) == config
-    assert config.teacher_ks() == {"image": [10, 20], "text": [10, 20], "a_b": [5]}
+    assert [(t.name, t.k) for t in config.every_teacher()] == [("image", [10, 20]), ("text", [10, 20]), ("a_b", [5])]
 
 
 def test_without_prototype_weight_there_are_no_internal_teachers():
-    assert TrainConfig(proto_weight=0, teachers=[{"features": "x.npy", "name": "t"}]).teacher_ks() == {"t": [200]}
+    (only,) = TrainConfig(proto_weight=0, teachers=[{"features": "x.npy", "name": "t"}]).every_teacher()
+    assert (only.name, only.k) == ("t", [200])
 
 
 def open_table(table, *, size=3, where=None, **more):

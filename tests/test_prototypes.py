@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from protoclip_lab import prototypes
+from protoclip_lab.config import TrainConfig
 from protoclip_lab.losses import prototype_loss_reference
-from protoclip_lab.prototypes import Teacher, construct
+from protoclip_lab.prototypes import construct
 
 
 def features(n=120, d=8, d_external=5, seed=0):
@@ -17,15 +18,12 @@ def features(n=120, d=8, d_external=5, seed=0):
     return {"image": draw(d), "text": draw(d), "minilm": draw(d_external)}
 
 
-TEACHERS = [
-    Teacher("image", [10], 0.01, 0.5),
-    Teacher("text", [10], 0.01, 0.5),
-    Teacher("minilm", [6, 12], -1.0, 0.5),
-]
+OWN = TrainConfig(k=10)
+ALL = TrainConfig(k=10, teachers=[{"features": "x.npy", "name": "minilm", "k": [6, 12]}])
 
 
 def test_internal_teachers_teach_the_other_tower_and_external_ones_both():
-    records, _ = construct(features(), TEACHERS, seed=0)
+    records, _ = construct(features(), ALL, 0, {})
     assert [(r.teacher, r.student, len(r.centroids)) for r in records] == [
         ("image", "text", 10),
         ("text", "image", 10),
@@ -38,7 +36,7 @@ def test_internal_teachers_teach_the_other_tower_and_external_ones_both():
 
 def test_prototypes_are_means_of_student_features_under_teacher_labels():
     x = features()
-    for record in construct(x, TEACHERS, seed=0)[0]:
+    for record in construct(x, ALL, 0, {})[0]:
         for k in range(len(record.centroids)):
             members = record.labels == k
             torch.testing.assert_close(record.centroids[k], x[record.student][members].mean(0), rtol=1e-4, atol=1e-6)
@@ -47,7 +45,7 @@ def test_prototypes_are_means_of_student_features_under_teacher_labels():
 def test_total_equals_the_formula_written_out():
     """w_proto/2 (text→image + image→text) + Σ_j w_j/2 (j→image + j→text), each direction the mean over its k."""
     x = features()
-    records, clusters = construct(x, TEACHERS, seed=3)
+    records, clusters = construct(x, ALL, 3, {})
     scale = torch.tensor(7.0)
     rows = torch.arange(40)
     total = sum(r.weight * r.loss(x[r.student][rows], r.labels_of(rows), scale) for r in records)
@@ -64,14 +62,14 @@ def test_total_equals_the_formula_written_out():
 
 
 def test_without_back_translation_prototypes_are_the_teachers_centroids():
-    records, _ = construct(features(), TEACHERS[:2], seed=0, back_translation=False)
+    records, _ = construct(features(), TrainConfig(k=10, back_translation=False), 0, {})
     for record in records:
         assert torch.equal(record.centroids, record.teacher_centroids)
 
 
 def test_carried_labels_are_the_nearest_occupied_teacher_centroid():
     x = features()
-    record = construct(x, TEACHERS[:1], seed=0)[0][0]
+    record = construct(x, OWN, 0, {})[0][0]
     record.occupied[2] = False
     old = replace(record, carried=True)
     new = features(seed=9)["image"]
@@ -81,12 +79,12 @@ def test_carried_labels_are_the_nearest_occupied_teacher_centroid():
 
 
 def test_fresh_labels_are_stored_labels_by_position():
-    record = construct(features(), TEACHERS[:1], seed=0)[0][0]
+    record = construct(features(), OWN, 0, {})[0][0]
     assert torch.equal(record.labels_of(torch.tensor([5, 0])), record.labels[[5, 0]])
 
 
 def test_accuracy_counts_the_nearest_prototype():
-    record = construct(features(), TEACHERS[:1], seed=0)[0][0]
+    record = construct(features(), OWN, 0, {})[0][0]
     students = F.normalize(record.centroids, dim=1)
     nearest = (students @ record.centroids.T).argmax(1)
     labels = nearest.clone()
@@ -96,16 +94,16 @@ def test_accuracy_counts_the_nearest_prototype():
 
 def test_mask_empty_false_lets_empty_clusters_compete():
     x = {name: torch.ones(30, 4) for name in ("image", "text")}
-    masked = construct(x, TEACHERS[:1], seed=0)[0][0]
+    masked = construct(x, OWN, 0, {})[0][0]
     assert masked.occupied.sum() < 10
-    competing = construct(x, TEACHERS[:1], seed=0, mask_empty=False)[0][0]
+    competing = construct(x, TrainConfig(k=10, mask_empty=False), 0, {})[0][0]
     assert competing.occupied.all() and competing.accuracy(x["text"], competing.labels) == 1
     h, labels = x["text"], competing.labels
     assert competing.loss(h, labels, torch.tensor(9.0)) > masked.loss(h, labels, torch.tensor(9.0)) + 1e-5
 
 
 def test_saved_prototypes_are_read_as_they_were(tmp_path):
-    records = construct(features(), TEACHERS, seed=0)[0]
+    records = construct(features(), ALL, 0, {})[0]
     prototypes.save(records, tmp_path)
     for found, record in zip(prototypes.load(tmp_path), records, strict=True):
         for name, value in vars(record).items():

@@ -19,7 +19,7 @@ from protoclip_lab.evaluation.suite import evaluate_checkpoint
 from protoclip_lab.runs import Run, _sha256
 from protoclip_lab.training import train
 
-FILES = ["open_clip_model", "heads", "prototypes", "optimizer"]
+FILES = ["open_clip_model", "heads", "prototypes", "optimizer", "trainer"]
 FILES = [f"{name}.safetensors" for name in FILES] + ["trainer.json", "prototypes.json", "open_clip_config.json", "checksums.json"]
 
 

@@ -121,6 +121,7 @@ class TrainConfig(Settings):
     back_translation: bool = Field(True, description="carry clusters into the student's space by PBT")
     mask_empty: bool = Field(True, description="keep empty clusters out of both softmaxes; False is the authors' way")
     extraction_transform: Literal["train", "eval"] = Field("train", description="image transform of the extraction")
+    extraction_precision: Literal["as_trained", "bf16"] = Field("as_trained", description="autocast of the extraction")
 
     # --- optimisation
     batch_size: int = Field(64, ge=2, description="pairs in a forward pass, of all processes together")

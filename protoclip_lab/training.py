@@ -314,7 +314,10 @@ class _Trainer:
         size = self.config.batch_size // self.processes
         stretches = np.split(own, range(size, len(own), size))
         batches = self._read(stretches, transform=self.config.extraction_transform, purpose="extract", episode=episode)
-        found = [self.model(*batch)[2:] for batch in batches]  # of the four outputs the last two, h_I and h_T
+        found, lower = [], self.config.extraction_precision == "bf16"
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
+                found.append(self.model(*batch)[2:])  # of the four outputs the last two, h_I and h_T
         image, text = (self.accelerator.gather(torch.cat(parts))[: len(ids)] for parts in zip(*found, strict=True))
         return {"image": image, "text": text} | self.outside
 

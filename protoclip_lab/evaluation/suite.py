@@ -200,7 +200,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     """
     table = Path(pairs_of(run).source)
     require(table.with_name("shapes.json").exists(), f"{run.path} was not trained on the shapes world: name what to evaluate on")
-    world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
+    world = {"table": str(table), "image_root": str(table.with_name("images")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
     factors = [{"name": f, "label": f, "templates": shapes.PROMPTS[f], **world, **train} for f in shapes.FACTORS]
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]

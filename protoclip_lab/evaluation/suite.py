@@ -54,9 +54,6 @@ class EvaluationSet(Settings):
             require_known(self.name, downstream.KNOWN, f"no set is known as {self.name!r}")
         one = [self.root, self.images, self.table].count("") == 2
         require(one, f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
-        needs = {"train_images": self.images, "train_where": self.label, **dict.fromkeys(("image_root", "where", "label"), self.table)}
-        if stray := [name for name, found in needs.items() if getattr(self, name) and not found]:
-            raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
         self.classes = downstream.class_names(self.classes or [])
         self.templates = downstream.templates(downstream.KNOWN.get(self.root and self.name, {}).get("templates", self.templates))
         _check(self.measures)

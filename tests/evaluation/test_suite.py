@@ -204,8 +204,6 @@ def test_measures_that_do_not_apply_give_nothing(encoded, folders, table, tmp_pa
         ({"images": "x", "table": "y"}, "one of images, a table, and the root"),
         ({"images": "x", "root": "y"}, "one of images, a table, and the root|no set is known as 's'"),
         ({}, "one of images, a table, and the root"),
-        ({"images": "x", "where": {"split": "test"}}, r"\['where'\] .* do not go with"),
-        ({"table": "x", "train_images": "y"}, r"\['train_images'\] .* do not go with"),
         ({"images": "x", "templates": "imagenets"}, "nearest valid name is 'imagenet1k'"),
         ({"images": "x", "templates": ["photo"]}, "'photo'"),
         ({"images": "x", "scaling": "l1"}, "nearest valid name is 'l2'"),

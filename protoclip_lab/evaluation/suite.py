@@ -52,8 +52,7 @@ class EvaluationSet(Settings):
     def _fit_together(self) -> "EvaluationSet":
         if self.root:
             require_known(self.name, downstream.KNOWN, f"no set is known as {self.name!r}")
-        one = [self.root, self.images, self.table].count("") == 2
-        require(one, f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
+        require([self.root, self.images, self.table].count("") == 2, f"evaluation set {self.name!r} needs one of images, table, root")
         self.classes = downstream.class_names(self.classes or [])
         self.templates = downstream.templates(downstream.KNOWN.get(self.root and self.name, {}).get("templates", self.templates))
         _check(self.measures)

@@ -85,11 +85,9 @@ def _features(embedding: Tensor, head: nn.Module | None) -> tuple[Tensor, Tensor
 
 def projection_head(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
     """Linear → BatchNorm → ReLU, ``depth`` times, then Linear: (B, width) -> (B, out). Depth 0 is one Linear."""
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
-        width = hidden
-    return nn.Sequential(*layers, nn.Linear(width, out))
+    widths = [width, *[hidden] * depth]
+    layers = [layer for before in widths[:-1] for layer in (nn.Linear(before, hidden), nn.BatchNorm1d(hidden), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], out))
 
 
 def create(config: TrainConfig) -> TwoTowers:

@@ -29,7 +29,7 @@ def toy_settings(table: Path, run: Path, **changes: Any) -> dict[str, Any]:
     settings = {
         "run": str(run),
         "table": str(table),
-        "image_root": str(table.with_name("images.tar")),
+        "image_root": str(table.with_name("images")),
         "where": {"split": "train"},
         "model": "ViT-mini",
         "image_size": 32,

@@ -176,7 +176,7 @@ def test_half_a_row_at_the_end_is_dropped(table, settings, unbroken, tmp_path):
 
 
 def test_evaluations_made_while_training_and_kept_over_a_kill_are_those_of_the_checkpoints(table, tmp_path):
-    where = {"image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
+    where = {"image_root": str(table.with_name("images")), "where": {"split": "test"}}
     world = {"name": "world", "table": str(table), "label": "colour", **where}
     world |= {"measures": ["zero_shot", "grouping", "retrieval", "gap"]}
     # Intervals are drawn from the run's seed in both.

@@ -407,7 +407,7 @@ def test_two_external_teachers_teach_with_their_own_weights(run, teacher):
 
 
 def test_evaluations_come_every_n_episodes_with_their_checkpoint(run, table):
-    where = {"where": {"split": "test"}, "image_root": str(table.with_name("images.tar"))}
+    where = {"where": {"split": "test"}, "image_root": str(table.with_name("images"))}
     held_out = {"name": "held out", "table": str(table), "measures": ["retrieval"], **where}
     rows = run(evaluate_every=2, evaluation_sets=[held_out], episodes=4).evaluations()
     assert rows["checkpoint"].unique().tolist() == ["episode_0002", "episode_0004"]

@@ -108,16 +108,13 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
             folder names, underscores as spaces.
 
     Raises:
-        FileNotFoundError: nothing at ``path``.
-        ValueError: no images, a broken tar, class folders at different places of one, or ``classes`` that do not fit.
+        ValueError: no images there, a broken tar, class folders at different places of one, or ``classes`` that do not fit.
     """
     path = Path(path).resolve()
-    if not path.exists():
-        raise FileNotFoundError(f"there are no images at {path}: name a folder of class folders, or a tar of the same")
     places = index_tar(path) if path.is_file() else {f.relative_to(path).as_posix(): NO_PLACE for f in path.glob("*/*")}
     files = sorted(PurePosixPath(name) for name in places if "/" in name and not re.search(r"(^|/)\.", name))
     files = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
-    require(len({f.parent.parent for f in files}) == 1, f"{path}: expected <class>/<image file>, all class folders in one place")
+    require(len({f.parent.parent for f in files}) == 1, f"{path} is no folder or tar of <class>/<image file>, all in one place")
     return _labelled(str(path), [file.parent.name for file in files], classes, _files(path, {str(f): places[str(f)] for f in files}))
 
 

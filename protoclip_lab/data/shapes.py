@@ -7,11 +7,10 @@ Everything follows from (seed, index), so neither order nor number of processes 
 
 import json
 import re
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
@@ -119,11 +118,11 @@ def draw(seed: int, index: int, *, image_size: int = 64, difficulty: float = _WO
 
 
 def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out: float = 1 / 6) -> Path:
-    """Samples 0 … size - 1 of a world as a training table and a tar of JPEGs.
+    """Samples 0 … size - 1 of a world as a training table and a folder of JPEGs.
 
-    Makes ``images.tar`` (members ``000000.jpg`` …), ``captions.tsv`` (filepath, title, split, one column per factor)
-    and, last, ``shapes.json`` with the parameters. Where that note already says the same, nothing is drawn. The same
-    parameters give the same bytes.
+    Makes ``images/`` (``000000.jpg`` …), ``captions.tsv`` (filepath, title, one column per factor, split) and, last,
+    ``shapes.json`` with the parameters. Where that note already says the same, nothing is drawn. The same parameters
+    give the same bytes.
 
     Args:
         held_out: share of samples, the last indices, whose ``split`` is "test"; the others are "train".
@@ -136,23 +135,18 @@ def write(out: Path, size: int, *, seed: int = 0, image_size: int = 64, held_out
     """
     if size < 1 or image_size < 16 or not 0 <= held_out < 1:
         raise ValueError(f"size = {size} must be at least 1, image_size = {image_size} at least 16, held_out = {held_out} in [0, 1)")
-    out.mkdir(parents=True, exist_ok=True)
-    table, images, note = out / "captions.tsv", out / "images.tar", out / "shapes.json"
+    table, images, note = out / "captions.tsv", out / "images", out / "shapes.json"
     made = json.dumps({"size": size, "seed": seed, "image_size": image_size, "held_out": held_out, "world": _WORLD}, indent=2)
-    if all(file.is_file() for file in (table, images, note)) and note.read_text("utf-8") == made:
+    if table.is_file() and images.is_dir() and note.is_file() and note.read_text("utf-8") == made:
         return table
     note.unlink(missing_ok=True)
-    lines = ["\t".join(("filepath", "title", "split", *FACTORS))]
-    with tarfile.open(images, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for index in tqdm(range(size), desc="drawing shapes", unit="image", mininterval=2):
-            image, row = draw(seed, index, image_size=image_size)
-            image.save(jpeg := BytesIO(), "JPEG", quality=90)
-            member = tarfile.TarInfo(f"{index:06d}.jpg")  # its time and owner are 0 unless set
-            member.size = jpeg.tell()
-            archive.addfile(member, BytesIO(jpeg.getvalue()))
-            split = "train" if index < size - round(size * held_out) else "test"
-            lines.append("\t".join((member.name, row["title"], split, *(row[factor] for factor in FACTORS))))
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in tqdm(range(size), desc="drawing shapes", unit="image", mininterval=2):
+        image, row = draw(seed, index, image_size=image_size)
+        image.save(images / f"{index:06d}.jpg", quality=90)
+        rows.append({"filepath": f"{index:06d}.jpg", **row, "split": "train" if index < size - round(size * held_out) else "test"})
+    pd.DataFrame(rows).to_csv(table, sep="\t", index=False, lineterminator="\n")
     note.write_text(made, "utf-8")
     return table
 
@@ -169,5 +163,5 @@ def open_pairs(output: str | Path, table: str = "shapes", *, size: int = 6000, i
     """
     if table == "shapes":
         table = write(Path(output), size, seed=seed, image_size=image_size)
-        options |= {"image_root": table.with_name("images.tar"), "where": options.get("where") or {"split": "train"}}
+        options |= {"image_root": table.with_name("images"), "where": options.get("where") or {"split": "train"}}
     return prepare(table, Path(output) / "pairs", **options)

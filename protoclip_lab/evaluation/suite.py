@@ -52,11 +52,7 @@ class EvaluationSet(Settings):
     def _fit_together(self) -> "EvaluationSet":
         if self.root:
             require_known(self.name, downstream.KNOWN, f"no set is known as {self.name!r}")
-        one = [self.root, self.images, self.table].count("") == 2
-        require(one, f"evaluation set {self.name!r} needs one of images, a table, and the root of a known set")
-        needs = {"train_images": self.images, "train_where": self.label, **dict.fromkeys(("image_root", "where", "label"), self.table)}
-        if stray := [name for name, found in needs.items() if getattr(self, name) and not found]:
-            raise ValueError(f"{stray} of evaluation set {self.name!r} do not go with what it is made of")
+        require([self.root, self.images, self.table].count("") == 2, f"evaluation set {self.name!r} needs one of images, table, root")
         self.classes = downstream.class_names(self.classes or [])
         self.templates = downstream.templates(downstream.KNOWN.get(self.root and self.name, {}).get("templates", self.templates))
         _check(self.measures)
@@ -200,7 +196,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     """
     table = Path(pairs_of(run).source)
     require(table.with_name("shapes.json").exists(), f"{run.path} was not trained on the shapes world: name what to evaluate on")
-    world = {"table": str(table), "image_root": str(table.with_name("images.tar")), "where": {"split": "test"}}
+    world = {"table": str(table), "image_root": str(table.with_name("images")), "where": {"split": "test"}}
     train = {"train_where": {"split": "train"}, "measures": ["zero_shot", "linear_probe", "grouping"]}
     factors = [{"name": f, "label": f, "templates": shapes.PROMPTS[f], **world, **train} for f in shapes.FACTORS]
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]

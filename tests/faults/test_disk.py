@@ -104,7 +104,7 @@ def embedded(visual, items, model, done=0, *, batch_size, **options):
 @pytest.mark.parametrize("room", [300, 1500])  # KiB: of what is embedded a part, or all and a part of what is made of it
 def test_teacher_features(room, table, tmp_path, small_disk, monkeypatch):
     monkeypatch.setattr(teachers, "_embed", embedded)
-    pairs = prepare(table, tmp_path / "pairs", image_root=table.with_name("images.tar"), where={"split": "train"})
+    pairs = prepare(table, tmp_path / "pairs", image_root=table.with_name("images"), where={"split": "train"})
     how = {"model": "m", "dim": None, "batch_size": 10}
     whole, _ = teachers.teach(tmp_path / "whole", str(pairs.folder), **how)
     disk = small_disk(room)

@@ -120,7 +120,7 @@ def test_05_measures_every_factor_on_held_out_samples(folder, evaluated):
 def test_05_measures_what_is_asked_of_a_checkpoint_folder(folder, run, tmp_path):
     copy = shutil.copytree(Run(run).checkpoints()[0], tmp_path / "elsewhere")
     table = Path(json.loads((folder / "data" / "pairs" / "pairs.json").read_text())["source"])
-    world = {"name": "held out", "table": str(table), "image_root": str(table.with_name("images.tar"))}
+    world = {"name": "held out", "table": str(table), "image_root": str(table.with_name("images"))}
     given = {"sets": [{**world, "where": {"split": "test"}}], "measures": ["retrieval"], "draws": 0}
     execute("05_evaluate", tmp_path, checkpoint=str(copy), output=str(tmp_path / "out"), **given)
     rows = pd.read_csv(tmp_path / "out" / "evaluation.csv")

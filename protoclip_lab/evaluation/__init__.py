@@ -365,13 +365,13 @@ def linear_probe(
     axes = torch.linalg.eigh(x.T @ x)[1]
     order = numpy_generator(seed, "linear probe").permutation(len(x))
     x, y, test_x, fitted = (x @ axes)[order], y[order], test_x @ axes, len(x) - len(x) // 5
-    scores, probe = [], (x.new_zeros(len(classes), x.shape[1]), x.new_zeros(len(classes)))
+    scores, weights = [], x.new_zeros(len(classes), x.shape[1] + 1)
     for strength in STRENGTHS:
-        probe = _fit(x[:fitted], y[:fitted], strength, *probe, iterations=50, tolerance=1e-4)
-        scores.append(int((F.linear(x[fitted:], *probe).argmax(dim=1) == y[fitted:]).sum()))
+        weights = _fit(x[:fitted], y[:fitted], strength, weights, iterations=50, tolerance=1e-4)
+        scores.append(int((_logits(x[fitted:], weights).argmax(dim=1) == y[fitted:]).sum()))
     strength = STRENGTHS[np.argmax(scores)]
-    probe = _fit(x, y, strength, *probe, iterations=500, tolerance=1e-6)
-    predicted = classes[F.linear(test_x, *probe).argmax(dim=1).cpu().numpy()]
+    weights = _fit(x, y, strength, weights, iterations=500, tolerance=1e-6)
+    predicted = classes[_logits(test_x, weights).argmax(dim=1).cpu().numpy()]
     return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
 
 
@@ -395,30 +395,34 @@ def _checked(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, normalise:
     return train_x, torch.from_numpy(y).to(train_x.device), classes, test_x, as_labels(test_y, len(test_x), "test_y")
 
 
-def _fit(x: Tensor, y: Tensor, strength: float, weights: Tensor, bias: Tensor, *, iterations: int, tolerance: float) -> tuple:
-    """Weights (C, d) and intercepts (C,) of the regression, from some to begin with. Expects ``x`` in principal axes."""
+def _logits(x: Tensor, weights: Tensor) -> Tensor:
+    # Not x @ weights.T: its gradient is a product that BLAS computes several times slower.
+    return torch.addmm(weights[:, -1:], weights[:, :-1], x.T).T
+
+
+def _fit(x: Tensor, y: Tensor, strength: float, start: Tensor, *, iterations: int, tolerance: float) -> Tensor:
+    """Weights (C, d + 1) of the regression, the intercept in the last column. Expects ``x`` in principal axes."""
     # There the curvature is near diag(variance)/C + strength. Steps of that length take L-BFGS to the minimum in a
     # half to a quarter of the iterations.
-    step = (x.square().mean(dim=0) / len(bias) + strength).rsqrt()
-    free = [(weights / step).requires_grad_(), bias.requires_grad_()]
-    solver = torch.optim.LBFGS(free, max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe")
+    step = F.pad((x.square().mean(dim=0) / len(start) + strength).rsqrt(), (0, 1), value=1)
+    weights = (start / step).requires_grad_()
+    solver = torch.optim.LBFGS([weights], max_iter=iterations, tolerance_grad=tolerance, history_size=10, line_search_fn="strong_wolfe")
+
     # In blocks of rows: the logits of a million rows and a thousand classes would not fit beside the features.
-    rows = max(1, 4 * BLOCK_ELEMENTS // len(bias))
+    rows = max(1, 4 * BLOCK_ELEMENTS // len(start))
 
     def objective() -> Tensor:
         solver.zero_grad()
-        total = strength / 2 * (free[0] * step).square().sum()
+        total = strength / 2 * (weights * step)[:, :-1].square().sum()
         total.backward()
         for block, labels in zip(x.split(rows), y.split(rows), strict=True):
-            # Not F.linear: its gradient is a product that BLAS computes several times slower.
-            logits = torch.addmm(free[1][:, None], free[0] * step, block.T).T
-            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x)
+            loss = F.cross_entropy(_logits(block, weights * step), labels, reduction="sum") / len(x)
             loss.backward()
             total = total + loss
         return total.detach()
 
     solver.step(objective)
-    return (free[0] * step).detach(), free[1].detach()
+    return (weights * step).detach()
 
 
 def grouping(features: Any, labels: Any, k: int | None = None, *, seed: int = 0, seeds: int = 1, draws: int = 0) -> Estimates:

@@ -132,8 +132,6 @@ class TrainConfig(Settings):
     text_start_episode: int = Field(1, ge=1, description="first episode in which all but the image tower learns")
     text_end_episode: int | None = Field(None, ge=1, description="episode at whose end its rate is 0; None is the last")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
-    betas: list[float] | None = Field(None, min_length=2, max_length=2, description="AdamW betas; None goes by the image tower's kind")
-    eps: float | None = Field(None, ge=0, description="AdamW eps; None goes by the image tower's kind")
     grad_checkpointing: bool = Field(False, description="make activations again in the backward pass: less memory")
     sync_batchnorm: bool = Field(True, description="BatchNorm statistics over all processes; on GPUs")
     local_loss: bool = Field(False, description="each process compares its own samples with all, not all with all")
@@ -161,7 +159,7 @@ class TrainConfig(Settings):
         require(clip or lit > self.infonce_warmup_episodes, f"lit_start_episode = {lit} leaves no episode for prototypes")
         require(self.text_start_episode <= end, f"text_end_episode = {end} lies before text_start_episode")
         require(self.evaluation_sets or not self.evaluate_every, "evaluate_every is set but evaluation_sets is empty: name some")
-        names = [t.name for t in self.every_teacher() if t.features or t.model]
+        names = [t.name for t in self.every_teacher() if t.features not in ("image", "text")]
         require(len({*names, "image", "text"}) == len(names) + 2, f"teacher names {names} must differ, and not be 'image' or 'text'")
         return self
 

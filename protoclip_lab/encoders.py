@@ -19,7 +19,6 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import TrainConfig, require, require_known
@@ -210,7 +209,7 @@ def encode_pairs(model: TwoTowers, pairs: Pairs, rows: np.ndarray, *, batch_size
 def _encode(model: TwoTowers, what: str, rows: Sequence, read: Callable, size: int, workers: int = 0) -> Outputs:
     """Features of rows that ``read`` makes into images and tokens, batch by batch; None for what is not asked for."""
     # With a generator of its own: the loader would draw from the global one.
-    loader = DataLoader(rows, size, num_workers=workers, collate_fn=read, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(rows, size, num_workers=workers, collate_fn=read, generator=torch.Generator())
     bar = tqdm(loader, desc=f"encoding {what}", delay=2, mininterval=2, leave=False)
     # A model in training may carry accelerate's autocast: what it is measured by must not depend on that.
     forward = getattr(model, "_original_forward", model)

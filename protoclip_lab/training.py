@@ -24,7 +24,6 @@ from filelock import FileLock
 from open_clip.loss import ClipLoss, SigLipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from protoclip_lab import clustering, encoders, prototypes, teachers
@@ -183,8 +182,7 @@ class _Trainer:
         elif self.processes > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and self.main:
             logging.getLogger(__name__).warning("each of the %d processes has BatchNorm statistics of its own", self.processes)
         betas, eps = ((0.9, 0.999), 1e-8) if hasattr(model.clip.visual, "layer1") else ((0.9, 0.98), 1e-6)
-        how = {"betas": tuple(config.betas or betas), "eps": eps if config.eps is None else config.eps}
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, fused=True, **how)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=0.0, fused=True, betas=betas, eps=eps)
         # Not wrapped in DistributedDataParallel, which refuses what heads make and no loss asks for, as in warm-up: see _average.
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -407,7 +405,7 @@ class _Trainer:
         alone and is made again when the gradient gets to it, exact where the forward pass is (BatchNorm sees one pass at a time).
         """
         config, clip, passes = self.config, self.bare.clip, self.config.accumulation
-        forward = partial(checkpoint, self.model, use_reentrant=False) if passes > 1 else self.model
+        forward = partial(torch.utils.checkpoint.checkpoint, self.model, use_reentrant=False) if passes > 1 else self.model
         made = [forward(*chunk) for chunk in zip(images.chunk(passes), tokens.chunk(passes), strict=True)]
         outputs = encoders.Outputs(*map(torch.cat, zip(*made, strict=True)))
         # BatchNorm's running statistics move in the first pass; not when it is made again.

@@ -12,7 +12,6 @@ import torch
 from kornia import enhance, filters
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from protoclip_lab.config import require
@@ -126,7 +125,7 @@ OPERATIONS = (
 UNTOUCHED = (1.0, 1.0, 1.0, 0.0, 1.0, 0.0)  # the value of each that leaves an image as it is
 
 
-class Batches(Dataset):
+class Batches(torch.utils.data.Dataset):
     """``batches[transform, purpose, episode, rows]`` -> images (B, 3, H, W), tokens (B, L) int64 and parameters (B, P).
 
     Images and parameters are those of an :class:`Augmentation`; or finished float32, and P is 0.
@@ -186,7 +185,9 @@ class Reader:
         options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory, "worker_init_fn": _deaf}
         # The sampler is the plan of a reading, filled in by `read`: a new loader would start the workers anew.
         # With a generator, or the loader would draw its workers' base seed from the global one.
-        self._loader = DataLoader(batches, sampler=[], batch_size=None, generator=torch_generator(batches.seed, "workers"), **options)
+        self._loader = torch.utils.data.DataLoader(
+            batches, sampler=[], batch_size=None, generator=torch_generator(batches.seed, "workers"), **options
+        )
 
     def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[Sequence[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""

@@ -64,9 +64,10 @@ class PairImages(Images):
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         _, self.rows, self.image_of_caption = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
-        names = np.array(pairs.column("filepath"), object)[self.rows].tolist()
-        # The table's own fingerprint does not say where its images are, nor whether they changed.
-        super().__init__(names, self.rows, pairs.image, pairs.root, names, pairs.fingerprint)
+        names, places = (np.array(pairs.column(name), object)[self.rows].tolist() for name in ("filepath", "_at"))
+        # The table's own fingerprint does not say where its images are, nor whether they changed: files do, or tars.
+        files = {place.rpartition("/")[0].rpartition("/")[0] or name for name, place in zip(names, places, strict=True)}
+        super().__init__(names, self.rows, pairs.image, pairs.root, sorted(files), pairs.fingerprint)
 
 
 class Labelled(NamedTuple):

@@ -11,13 +11,14 @@ import shutil
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,10 +32,10 @@ from protoclip_lab.storage import write_json, write_text, writing
 
 BAD_ROWS = "bad_rows.jsonl"
 IMAGES = "images"  # file of what was copied out of Parquet files and from the hub
-PLACE = ("_tar", "_offset", "_size")  # columns: of an image, a file below the root, and where in it
-NO_PLACE = ("", 0, -1)  # of an image that is a file of its own
+NO_PLACE = ""  # of an image that is a file of its own; else "file/offset/size", the file below the root
+NOTHING = pa.table({name: pa.array([], "int64" if name == "_row" else "string") for name in ("filepath", "title", "_row", "_at")})
+ROUND = 2**16  # samples read and then checked at once
 Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
-HUB = "hf://datasets/"
 
 
 class Pairs(Sequence):
@@ -58,7 +59,7 @@ class Pairs(Sequence):
         self.root = self.folder / about["root"]  # which is that root, or the folder itself
         self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
-        self._table = self._whole.select(["filepath", "title", "_image", "_tar", "_offset", "_size"]).combine_chunks()
+        self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
         self.columns = self._whole.column_names
         self.image_ids = self._table["_image"].to_numpy()
 
@@ -74,10 +75,10 @@ class Pairs(Sequence):
 
     def vectors(self, name: str) -> np.ndarray:
         """A column of vectors, (N, dim) float32; ValueError where they are none, or differ in length."""
-        column = _column(self._whole, name, self.source).combine_chunks()
-        one = pa.types.is_list(column.type) and len(column.value_lengths().unique()) == 1
+        column = _column(self._whole, name, self.source)
+        one = pa.types.is_list(column.type) and len(pc.unique(pc.list_value_length(column))) == 1
         require(one, f"{name} of {self.source} holds no vectors of one length")
-        return column.flatten().to_numpy().astype(np.float32).reshape(len(self), -1)
+        return np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).reshape(len(self), -1)
 
     @property
     def captions(self) -> list[str]:
@@ -90,11 +91,10 @@ class Pairs(Sequence):
 
     def image(self, index: int, at_least: int = 0) -> Image.Image:
         """The image of one row, as :func:`read_image` gives it."""
-        filepath, *place = (self._table[name][int(index)].as_py() for name in ("filepath", "_tar", "_offset", "_size"))
-        return read_image(self.root, (filepath, place), at_least)
+        return read_image(self.root, tuple(self._table[name][int(index)].as_py() for name in ("filepath", "_at")), at_least)
 
 
-def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image.Image:
+def read_image(root: Path, image: tuple[str, str], at_least: int = 0) -> Image.Image:
     """The image of this name at this place: RGB, upright.
 
     Args:
@@ -105,14 +105,15 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
     Raises:
         OSError: it is missing or broken, or so large that Pillow takes it for a decompression bomb.
     """
-    name, (tar, offset, size) = image
+    name, place = image
+    tar, offset, size = place.rsplit("/", 2) if place else (name, 0, -1)
     try:
-        inside = size >= 0 or Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root))
+        inside = place or Path(os.path.abspath(root / name)).is_relative_to(os.path.abspath(root))
         require(inside, "it lies outside image_root (which may be /)")
         # Opened for each image: a descriptor kept open could not be shared with worker processes.
-        with open(root / (name if size < 0 else tar), "rb") as file:
-            file.seek(offset)
-            image = Image.open(BytesIO(file.read(size)))
+        with open(root / tar, "rb") as file:
+            file.seek(int(offset))
+            image = Image.open(BytesIO(file.read(int(size))))
         # A square, as it is asked before the picture is set upright.
         image.draft(None, (at_least, at_least) if at_least else None)
         image = ImageOps.exif_transpose(image)
@@ -125,21 +126,21 @@ def read_image(root: Path, image: tuple[str, tuple], at_least: int = 0) -> Image
         raise OSError(f"{root / name} is not a readable image: {error}. {remedy}") from error
 
 
-def index_tar(path: str | Path, below: str = "") -> dict[str, tuple[str, int, int]]:
+def index_tar(path: str | Path, below: str = "") -> dict[str, str]:
     """Where each regular member of an uncompressed tar is, by name: one scan, nothing extracted.
 
     Args:
         below: the tar's name below the root of the images; empty where the tar is the root.
 
     Returns:
-        That name, offset and size.
+        "below/offset/size".
 
     Raises:
         ValueError: it is compressed, cut short or no tar.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            return {member.name.removeprefix("./"): (below, member.offset_data, member.size) for member in tar if member.isreg()}
+            return {m.name.removeprefix("./"): f"{below}/{m.offset_data}/{m.size}" for m in tar if m.isreg()}
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a whole uncompressed tar: {error}. Make it again") from error
 
@@ -183,79 +184,101 @@ class Shards:
 
     Args:
         source: a folder of WebDataset tars as img2dataset writes them, where members of one name up to its first dot are
-            one sample; a folder of Parquet files, whose images lie in a column; or hf://datasets/NAME, with the name of a
-            configuration after a colon where it has several.
-        columns: of images, in Parquet files and on the hub, and of captions. A list of captions makes as many samples.
-        where: its "split" is one of the source's splits, if it has several.
+            one sample; or a folder of Parquet files whose images lie in a column, here or where fsspec finds it, such as
+            hf://datasets/NAME/data/train-*.parquet on the Hugging Face hub. Without a pattern, what stands before a dash in
+            the files' names is a column "split".
+        columns: of images, in Parquet files, and of captions. A list of captions makes as many samples.
+        where: column to value (or list of values); other samples are passed over.
         seed: shards come in another order in each pass; None leaves them in theirs.
 
     Raises:
-        ValueError: no such column or split.
+        ValueError: as it is read: no Parquet file there, or no such column.
     """
 
     def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
         self.wanted, self.seed = columns, seed
+        self.where = {name: [*map(str, wanted if isinstance(wanted, list | tuple) else [wanted])] for name, wanted in where.items()}
         self.tars = sorted(Path(source).glob("*.tar"))
         self.files = self.tars or sorted(Path(source).rglob("*.parquet"))
         self.about = {"source": source, "root": str(Path(source).absolute()), "columns": columns, "where": where}
         if not self.tars:
             # Images are copied, beside the table they are for.
             self.about |= {"root": "", "columns": ("filepath", "title"), "of": columns}
-            found = datasets.load_dataset(*source.removeprefix(HUB).split(":"), streaming=True)
-            split = next(iter(found)) if len(found) == 1 else str(where.get("split"))
-            require_known(split, found, f"{source} has splits {[*found]}, not {split!r}: say which, e.g. where={{'split': 'train'}}")
-            self.split = {"split": split} if "split" in where else {}
-            for column in columns:
-                require_known(column, found[split].column_names, f"{source} has no column {column!r}")
-            self.data = found[split].cast_column(columns[0], datasets.Image(decode=False)).reshard()
+
+    @cached_property
+    def groups(self) -> list[tuple[str, int]]:
+        """Row groups of Parquet files; not looked for before one is read, as the hub may be out of reach by then."""
+        self.system, path = fsspec.url_to_fs(self.about["source"])
+        files = sorted(self.system.glob(path if "*" in path else f"{path}/**/*.parquet"))
+        require(files, f"there are no Parquet files at {self.about['source']}")
+        return [(file, group) for file in files for group in range(self._read(file, lambda opened: opened.num_row_groups))]
+
+    def _read(self, file: str, what: Callable[[parquet.ParquetFile], Any]) -> Any:
+        with self.system.open(file) as opened:
+            return what(parquet.ParquetFile(opened))
 
     def __len__(self) -> int:
-        return len(self.tars) or self.data.num_shards
+        return len(self.tars or self.groups)
 
-    def take(self, out: Path, position: Position, most: int, limit: int) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
-        """The samples after a position, at most so many and none of pass ``limit``; images in no tar are copied into ``out``.
+    def seek(self, out: Path, position: Position) -> None:
+        """Go to a place, from where one pass can be read at most; ``out`` is where images in no tar are copied to."""
+        self.out, self.position, self._reading, self._copied = out, position, self._walk(*position), {}
+
+    def take(self, most: int) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
+        """The next samples that fit ``where``, at most so many; none at the end.
 
         Returns:
-            A table of texts and vectors of float: "filepath", a column for each member or field, "_row" (in its shard), and
-            PLACE; what cannot be read: row, path, reason; the position after them.
+            A table of texts and vectors of float: "filepath", a column for each member or field, "_row" (in its shard) and
+            "_at", the image's place; what cannot be read: row, path, reason; the position after them.
         """
-        tables, bad, (past, shard, row) = [], [], position
-        while most > 0 and past < limit:
-            order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
-            rows, count = [], 0
-            for fields, image, fault in islice(self._samples(order[shard]), row, row + most):
-                path, count = fields["filepath"], count + 1
-                if isinstance(image, bytes):
-                    with writing(out), (out / IMAGES).open("ab") as file:
-                        image = IMAGES, file.tell(), file.write(image)
-                if fault:
-                    bad.append((row + count, path, fault))
-                else:
-                    rows.append(fields | dict(zip(PLACE, image, strict=True)) | {"_row": row + count})
-            names = dict.fromkeys(name for fields in rows for name in fields)
-            tables.append(pa.table({name: [fields.get(name) for fields in rows] for name in names}))
-            shard, row = (shard, row + count) if count == most else (shard + 1, 0)
-            past, shard, most = past + shard // len(self), shard % len(self), most - count
-        return pa.concat_tables(tables, promote_options="default"), bad, (past, shard, row)
+        rows, bad = [], []
+        for position, fields, image, fault in self._reading:
+            self.position, path, row = position, fields["filepath"], position[-1]
+            if fault:
+                bad.append((row, path, fault))
+            elif all(fields.get(name) in values for name, values in self.where.items()):
+                if isinstance(image, bytes) and path not in self._copied:
+                    with writing(self.out), (self.out / IMAGES).open("ab") as file:
+                        self._copied[path] = f"{IMAGES}/{file.tell()}/{file.write(image)}"
+                rows.append(fields | {"_row": row, "_at": self._copied.get(path, image)})
+            if len(rows) == most:
+                break
+        names = dict.fromkeys(name for fields in rows for name in fields)
+        table = pa.table({name: [fields.get(name) for fields in rows] for name in names})
+        return pa.concat_tables([NOTHING, table], promote_options="default"), bad, self.position
 
-    def _samples(self, index: int) -> Iterator[tuple[dict[str, Any], tuple | bytes, str]]:
+    def _walk(self, past: int, shard: int, row: int) -> Iterator[tuple[Position, dict[str, Any], str | bytes, str]]:
+        limit = past + 1 + (shard > 0 or row > 0)
+        while past < limit:
+            order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
+            for number, sample in enumerate(islice(self._samples(order[shard]), row, None), row + 1):
+                yield (past, shard, number), *sample
+            past, shard, row = past + (shard + 1) // len(self), (shard + 1) % len(self), 0
+
+    def _samples(self, index: int) -> Iterator[tuple[dict[str, Any], str | bytes, str]]:
         """Fields, the image or its place, and what is wrong, of each sample of a shard."""
         if self.tars:
             yield from _tar_samples(self.tars[index])
             return
-        for row in self.data.shard(len(self), index):
+        file, group = self.groups[index]
+        for row in self._read(file, lambda opened: opened.read_row_group(group)).to_pylist():
+            for column in self.wanted:
+                require_known(column, row, f"{file} has no column {column!r}")
             image, captions = (row.pop(name) for name in self.wanted)
-            image = (image or {}).get("bytes") or b""
-            # By its content: captions may come as several rows with the same image.
-            fields = self.split | {name: _field(value) for name, value in row.items()}
+            image = (image["bytes"] if isinstance(image, dict) else image) or b""
+            # By its content: captions may come as several rows with the same image. Other images, masks say, stay out.
+            fields = {name: _field(value) for name, value in row.items() if not isinstance(value, dict | bytes)}
+            name, _, numbered = Path(file).name.partition("-")
+            if numbered and "*" not in self.about["source"]:
+                fields.setdefault("split", name)
             fields["filepath"] = f"{index:05d}/{hashlib.sha256(image).hexdigest()[:20]}"
-            for caption in captions if isinstance(captions, list) else [captions]:
+            for caption in (captions or [""]) if isinstance(captions, list) else [captions]:
                 yield fields | {"title": _field(caption)}, image, ""
 
 
 def is_sharded(source: str) -> bool:
     """Whether this is a source for `Shards`, and no table."""
-    return source.startswith(HUB) or any(Path(source).glob("*.tar")) or any(Path(source).rglob("*.parquet"))
+    return "://" in source or any(Path(source).glob("*.tar")) or any(Path(source).rglob("*.parquet"))
 
 
 def prepare(
@@ -305,61 +328,67 @@ def prepare(
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
         return made
     if shards:
-        return hold(out, about, partial(shards.take, out))
+        shards.seek(out, about["start"])
+        return hold(out, about, shards.take)
 
     rows, unread = read_table(path)
+    there = {column: _column(rows, column, table).unique().to_pylist()[:10] for column in where}
+    for column, wanted in where.items():
+        values = [*map(str, wanted if isinstance(wanted, list | tuple) else [wanted])]
+        rows = rows.filter(pc.is_in(rows[column], pa.array(values)))
+    require(len(rows) or not where, f"no row of {table} has {where}; values there: {there}")
     places = index_tar(root) if root.is_file() else {}
     found = [places.get(name, NO_PLACE) for name in _column(rows, image_column, table).to_pylist()]
-    for index, name in enumerate(PLACE):
-        rows = rows.append_column(name, pa.array([place[index] for place in found]))
-    return hold(out, about, lambda *_: (rows, unread, (1, 0, 0)))
+    rows = rows.append_column("_at", pa.array(found, pa.string()))
+    whole = iter([(rows, unread, None)])
+    return hold(out, about, lambda most: next(whole, (NOTHING, [], None)))
 
 
-def hold(out: Path, about: dict[str, Any], take: Callable[[Position, int, int], tuple[pa.Table, list, Position]]) -> Pairs:
-    """Check the samples from a position of a source on, over one pass at most, and hold the usable ones in Arrow.
+def hold(out: Path, about: dict[str, Any], take: Callable[[int], tuple[pa.Table, list, Any]]) -> Pairs:
+    """Check samples of a source and hold the usable ones in Arrow.
 
     Args:
         out: folder to write; what is there goes.
         about: for ``pairs.json``: "source"; "root" of the images, "" for ``out``; "columns" of image paths and captions;
-            "where"; "rows", how many to hold (None: all) and the share that may be bad; "start", the position. To this
-            comes "next", the position after them.
-        take: as of `Shards`, without its folder.
+            "where"; "rows", how many to hold (None: all) and the share that may be bad; whatever else is to be known. To
+            this comes "next", the position after them.
+        take: gives the next so many, as `Shards` does; nothing at the end.
     """
-    source, root, where, start, (most, share) = about["source"], out / about["root"], about["where"], about["start"], about["rows"]
-    shutil.rmtree(out, ignore_errors=True)
+    source, root, columns, where, (most, share) = about["source"], out / about["root"], about["columns"], about["where"], about["rows"]
+    remove(out)
     out.mkdir(parents=True)
-    kept, bad, position, limit = [], [], start, start[0] + 1 + any(start[1:])
-    while (missing := (most or 2**62) - sum(map(len, kept))) > 0 and position[0] < limit:
-        rows, unread, position = take(position, missing, limit)
+    kept, bad, missing = [], [], most or 2**62
+    while missing > 0:
+        rows, unread, position = take(min(missing, ROUND))
+        if not len(rows) and not unread:
+            break
         splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
         require(where or not splits, f"{source} has 'split' with {splits}: say which, e.g. where={{'split': 'train'}}")
-        there = {column: _column(rows, column, source).unique().to_pylist()[:10] for column in where}
-        for column, wanted in where.items():
-            values = [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
-            rows = rows.filter(pc.is_in(rows[column], pa.array(values)))
-        paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in about["columns"])
-        images = dict(zip(paths, zip(*(rows[name].to_pylist() for name in PLACE), strict=True), strict=True))
+        paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in columns)
+        images = dict(zip(paths, rows["_at"].to_pylist(), strict=True))
         # Pillow decodes outside the interpreter lock, so threads are enough.
         faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2, delay=2)
         faults = dict(zip(images, faults, strict=True))
         reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
         bad += [*unread, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])]
         kept.append(rows.filter(pa.array([not reason for reason in reasons], pa.bool_())))
+        missing -= len(kept[-1])
+    kept.append(NOTHING)
     rows = pa.concat_tables(kept, promote_options="default")
     total = len(rows) + len(bad)
     listed = (json.dumps({"row": row, "filepath": path, "reason": why}, ensure_ascii=False) + "\n" for row, path, why in sorted(bad))
     write_text(out / BAD_ROWS, "".join(listed))
     said = f"{len(rows)} of {total} rows of {source} are usable, for the others see {out / BAD_ROWS}"
-    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5]) or f"none has {where}; values there: {there}"
+    first = "; ".join(f"row {row} {path}: {why}" for row, path, why in sorted(bad)[:5]) or f"none has {where}"
     require(len(bad) <= share * total and len(rows), f"{said}; max_bad_share = {share:.1%}: {first}")
     if bad:
         logging.getLogger(__name__).warning(said)
     rows = rows.slice(0, most)
-    paths, captions = (rows[name].to_pylist() for name in about["columns"])
+    paths, captions = (rows[name].to_pylist() for name in columns)
     image_ids = pa.array(paths).dictionary_encode().indices.cast(pa.int64())
     # The table's other columns stay beside our own.
     own = {"filepath": paths, "title": captions, "_image": image_ids}
-    own |= {name: rows[name] for name in rows.column_names if name not in (*own, *about["columns"])}
+    own |= {name: rows[name] for name in rows.column_names if name not in (*own, *columns)}
     datasets.disable_progress_bars()  # of the library's own: one line for a write of seconds
     datasets.Dataset(pa.table(own)).save_to_disk(str(out / "table"))
     # Last, and at once: a folder without it is taken for unfinished and made again.
@@ -395,7 +424,9 @@ class Stream:
         self.shards = Shards(config.table, (config.image_column, config.caption_column), config.where, config.seed)
         self.run, self.seed, self.size = run, config.seed, config.episode_size
         self.about = self.shards.about | {"rows": [self.size, config.max_bad_share]}
-        self.starts = {"1": [0, 0, 0]}
+        files = self.shards.files
+        self.mark = fingerprint([file.name for file in files], [str(file.stat().st_size) for file in files]) + f" {len(self.shards)}"
+        self.starts = {"1": [0, 0, 0], "shards": self.mark}
 
     def open(self, number: int) -> Pairs:
         """The pairs of an episode, fetched unless they are there; those of others go.
@@ -404,14 +435,19 @@ class Stream:
             ValueError: too many samples are bad, or a pass has fewer that are usable than an episode.
         """
         out, start = folder_of(self.run, number), self.starts[str(number)]
+        changed = self.starts["shards"] != self.mark
+        require(not changed, f"the shards of {self.about['source']} changed, and with them their order: bring them back")
         if not (out / "pairs.json").exists() or Pairs(out).about["start"] != start:
-            for old in out.parent.glob("*/"):
-                shutil.rmtree(old)
-            hold(out, self.about | {"start": start}, partial(self.shards.take, out))
-            shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
+            self.shards.seek(out, start)
+            hold(out, self.about | {"start": start}, self.shards.take)
+        for old in out.parent.iterdir():
+            # The last one stays: somebody may be looking at it.
+            if old.is_dir() and old not in (out, folder_of(self.run, number - 1)):
+                remove(old)
+        shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
         pairs = Pairs(out)
         require(len(pairs) == self.size, f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size to that")
-        self.starts = {str(number): start, str(number + 1): pairs.about["next"]}
+        self.starts |= {str(number): start, str(number + 1): pairs.about["next"]}
         return pairs
 
     def ids(self, number: int) -> np.ndarray:
@@ -419,7 +455,13 @@ class Stream:
         return numpy_generator(self.seed, "stream", number).permutation(self.size)
 
 
-def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
+def remove(folder: Path) -> None:
+    """Remove a folder of pairs; first what says that it is whole."""
+    (folder / "pairs.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], str, str]]:
     samples: dict[str, dict] = defaultdict(dict)
     for name, place in index_tar(shard, shard.name).items():
         key = re.sub(r"\.[^/]*$", "", name)
@@ -427,29 +469,33 @@ def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], tuple, str]]:
     with shard.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         for key, parts in samples.items():
             kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
-            fields, fault = {"filepath": f"{shard.name}/{key}.{kind}", "title": ""}, ""
-            for member, (_, start, size) in parts.items():
+            fields, fault = {"title": ""}, ""
+            for member in sorted(parts):  # .txt comes last
+                start, size = map(int, parts[member].split("/")[1:])
                 data = whole[start : start + size] if member in ("txt", "json") or member.endswith("npy") else b""
                 try:
                     if member == "txt":
                         fields["title"] = data.decode(errors="replace")
                     elif member == "json":
-                        fields = {name: _field(value) for name, value in json.loads(data).items()} | fields
+                        fields |= {name: _field(value) for name, value in json.loads(data).items()}
                     elif data:
-                        fields[member] = np.lib.format.read_array(BytesIO(data), allow_pickle=False).ravel()
+                        fields[member] = np.lib.format.read_array(BytesIO(data), allow_pickle=False).astype(np.float32).ravel()
                 except (ValueError, AttributeError) as error:
                     fault = f"unreadable .{member}: {error}"
+            fields["filepath"] = f"{shard.name}/{key}.{kind}"
             yield fields, parts.get(kind, NO_PLACE), fault
 
 
 def _field(value: Any) -> Any:
-    """As text; a vector of float stays one."""
-    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
-        return value
-    return "" if value is None else str(value)
+    """As text; a list of numbers as a vector."""
+    if isinstance(value, list):
+        numbers = all(type(item) in (int, float) for item in value)
+        return np.array(value, np.float32) if value and numbers else str(value)
+    # JSON may hold halves of surrogate pairs, which are no text.
+    return None if value is None else str(value).encode(errors="replace").decode()
 
 
-def _fault(root: Path, image: tuple[str, tuple]) -> str:
+def _fault(root: Path, image: tuple[str, str]) -> str:
     """Why an image cannot be used, or ""."""
     try:
         read_image(root, image, 1)  # broken at an eighth of its size is broken

@@ -84,12 +84,12 @@ def as_files(table: Pairs, folder: Path) -> Path:
 
     root, rows = table.root, []
     with open(root, "rb") as tar:
-        for name, offset, size, title in zip(*(table.column(c) for c in ("filepath", "_offset", "_size", "title")), strict=True):
+        for name, place, title in zip(*(table.column(c) for c in ("filepath", "_at", "title")), strict=True):
             path = folder / name
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                tar.seek(offset)
-                path.write_bytes(tar.read(size))
+                tar.seek(int(place.split("/")[1]))
+                path.write_bytes(tar.read(int(place.split("/")[2])))
             rows.append((str(path), title))
     listed = folder / "table.tsv"
     pd.DataFrame(rows, columns=["filepath", "title"]).to_csv(listed, sep="\t", index=False)

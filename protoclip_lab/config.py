@@ -48,7 +48,7 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespa
 class TeacherConfig(Settings):
     """An external teacher: where its features are from, and how it teaches."""
 
-    features: str = Field(description=".npy made by 02 for the same table; a column of the shards; or a text model as in 02")
+    features: str = Field(description=".npy made by 02 for the same table, or a text model as in 02")
     name: str = Field("", description="name in metrics; empty takes the file's folder and stem")
     weight: float = Field(1.0, ge=0, description="weight of its two directions together")
     temperature: float = Field(-1.0, description="softmax temperature of its soft targets; 0 or less is one-hot")
@@ -71,7 +71,7 @@ class TrainConfig(Settings):
 
     # --- data
     stream: bool = Field(False, description="read shards as a stream: an episode is its next pairs, held while it lasts")
-    table: str = Field("shapes", description="TSV, CSV, Parquet, shards, hf://datasets/NAME, or made by 01; shapes draws its own")
+    table: str = Field("shapes", description="TSV, CSV, Parquet, folder of shards or made by 01; shapes draws its own")
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
     image_column: str = Field("filepath", description="column of image paths")
     caption_column: str = Field("title", description="column of captions")
@@ -169,7 +169,7 @@ class TrainConfig(Settings):
         own = {"weight": self.proto_weight, "temperature": self.temperature}
         for t in [*(TeacherConfig(features=name, name=name, **own) for name in internal), *self.teachers]:
             path, k = Path(t.features), self.k if t.k is None else t.k
-            path = path.resolve() if path.exists() else path  # it may name a column, or a model
+            path = path.resolve() if path.exists() else path  # it may name a model
             name = t.name or f"{path.parent.name}_{path.stem}".strip("_")
             found.append(t.model_copy(update={"name": name, "k": k if isinstance(k, list) else [k]}))
         return found

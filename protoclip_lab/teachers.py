@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
@@ -123,20 +124,17 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
     return features
 
 
-def of(features: str, name: str, pairs: Pairs) -> np.ndarray:
-    """A teacher's features of these pairs, (N, dim) float32, as :class:`protoclip_lab.config.TeacherConfig` names them.
+def of(features: str, pairs: Pairs) -> np.ndarray:
+    """A teacher's features of these pairs, (N, dim) float32: of a file, or made by a text model and kept with the pairs.
 
-    By a text model they are made once and kept with the pairs, without PCA, so that those of all episodes of a stream live
-    in one space.
-
-    Raises:
-        ValueError: as :func:`load`; or the column holds no vectors of one length.
+    Made here they are left without PCA, so that those of all episodes of a stream live in one space. Errors as :func:`load`.
     """
-    if features in pairs.columns:
-        return pairs.vectors(features)
-    path = Path(features) if features.endswith(".npy") else pairs.folder / name / "teacher.npy"
-    if not features.endswith(".npy") and not path.with_suffix(".json").exists():
-        teach(path.parent, str(pairs.folder), model=features, dim=None)
+    if features.endswith(".npy"):
+        return load(features, pairs)
+    path = pairs.folder / hashlib.sha256(features.encode()).hexdigest()[:8] / "teacher.npy"
+    with FileLock(f"{pairs.folder}.lock"):  # runs may share their table
+        if not path.with_suffix(".json").exists():
+            teach(path.parent, str(pairs.folder), model=features, dim=None)
     return load(path, pairs)
 
 

@@ -34,7 +34,7 @@ from protoclip_lab.evaluation import suite
 from protoclip_lab.randomness import derive, numpy_generator
 from protoclip_lab.runs import Run, checkpoint_name, keep, pairs_of, record_evaluations
 from protoclip_lab.snapshot import Snapshot
-from protoclip_lab.storage import write_json
+from protoclip_lab.storage import reading, write_json
 
 # Of open_clip's, at each step.
 warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
@@ -156,7 +156,9 @@ class _Trainer:
             self._open()
             if self.main:
                 shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
-        self.episodes = self.stream or Episodes(len(self.pairs), config.episode_size, config.seed)
+        # A streamed episode is all there is, learnt in an order of its own.
+        rows = config.episode_size if self.stream else len(self.pairs)
+        self.episodes = Episodes(rows, config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
         require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
         self.steps, rolling = size // self.width, config.prototypes == "rolling"
@@ -202,7 +204,8 @@ class _Trainer:
         self.sets = [suite.EvaluationSet.model_validate(s) for s in config.evaluation_sets]
         self._begin()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            with reading(checkpoint, "Delete it, and the one before is taken"):
+                self._restore(checkpoint)
         if self.main:
             run.truncate(self.step, checkpoint.name if checkpoint else "")
 

@@ -5,13 +5,11 @@ import multiprocessing
 import signal
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 from torch import nn
@@ -211,13 +209,6 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def npy(values: Sequence[float]) -> bytes:
-    """The file of an array."""
-    stream = io.BytesIO()
-    np.save(stream, np.array(values, np.float32))
-    return stream.getvalue()
-
-
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     """A tar of these members."""
     with tarfile.open(path, "w") as tar:
@@ -225,13 +216,3 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-
-
-def write_parquet(path: Path, numbers: Iterable[int], without: Sequence[int] = (), broken: Sequence[int] = ()) -> None:
-    """A Parquet file as the hub holds them, in row groups of two: an image's bytes, a caption, a number, a vector."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = list(numbers)
-    images = [None if i in without else {"bytes": encoded(i)[: 60 if i in broken else None], "path": None} for i in numbers]
-    columns = {"image": images, "text": [f"caption {i}" for i in numbers], "width": [10] * len(numbers)}
-    table = pa.table(columns | {"vector": pa.array([[i, 0.5, -i] for i in numbers], pa.list_(pa.float32()))})
-    parquet.write_table(table, path, row_group_size=2)

@@ -11,14 +11,13 @@ import shutil
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,10 +27,9 @@ from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.randomness import numpy_generator
-from protoclip_lab.storage import write_json, write_text, writing
+from protoclip_lab.storage import write_json, write_text
 
 BAD_ROWS = "bad_rows.jsonl"
-IMAGES = "images"  # file of what was copied out of Parquet files and from the hub
 NO_PLACE = ""  # of an image that is a file of its own; else "file/offset/size", the file below the root
 NOTHING = pa.table({name: pa.array([], "int64" if name == "_row" else "string") for name in ("filepath", "title", "_row", "_at")})
 ROUND = 2**16  # samples read and then checked at once
@@ -56,7 +54,7 @@ class Pairs(Sequence):
         self.folder = Path(folder)
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self.root = self.folder / about["root"]  # which is that root, or the folder itself
+        self.root = Path(about["root"])
         self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
@@ -72,13 +70,6 @@ class Pairs(Sequence):
     def column(self, name: str) -> list:
         """All values of a column; ValueError if there is none of this name."""
         return _column(self._whole, name, self.source).to_pylist()
-
-    def vectors(self, name: str) -> np.ndarray:
-        """A column of vectors, (N, dim) float32; ValueError where they are none, or differ in length."""
-        column = _column(self._whole, name, self.source)
-        one = pa.types.is_list(column.type) and len(pc.unique(pc.list_value_length(column))) == 1
-        require(one, f"{name} of {self.source} holds no vectors of one length")
-        return np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).reshape(len(self), -1)
 
     @property
     def captions(self) -> list[str]:
@@ -180,105 +171,54 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
 
 
 class Shards:
-    """Samples of a source in shards; a shard is a tar, or a row group of a Parquet file.
+    """Samples of WebDataset shards as img2dataset writes them: members of one name up to its first dot are one.
 
     Args:
-        source: a folder of WebDataset tars as img2dataset writes them, where members of one name up to its first dot are
-            one sample; or a folder of Parquet files whose images lie in a column, here or where fsspec finds it, such as
-            hf://datasets/NAME/data/train-*.parquet on the Hugging Face hub. Without a pattern, what stands before a dash in
-            the files' names is a column "split".
-        columns: of images, in Parquet files, and of captions. A list of captions makes as many samples.
+        source: the folder of tars.
+        columns: of image paths and captions: "filepath", "title" (a sample's ``.txt``), or a field of its ``.json``.
         where: column to value (or list of values); other samples are passed over.
         seed: shards come in another order in each pass; None leaves them in theirs.
-
-    Raises:
-        ValueError: as it is read: no Parquet file there, or no such column.
     """
 
     def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
-        self.wanted, self.seed = columns, seed
+        self.files, self.seed = sorted(Path(source).glob("*.tar")), seed
         self.where = {name: [*map(str, wanted if isinstance(wanted, list | tuple) else [wanted])] for name, wanted in where.items()}
-        self.tars = sorted(Path(source).glob("*.tar"))
-        self.files = self.tars or sorted(Path(source).rglob("*.parquet"))
         self.about = {"source": source, "root": str(Path(source).absolute()), "columns": columns, "where": where}
-        if not self.tars:
-            # Images are copied, beside the table they are for.
-            self.about |= {"root": "", "columns": ("filepath", "title"), "of": columns}
-
-    @cached_property
-    def groups(self) -> list[tuple[str, int]]:
-        """Row groups of Parquet files; not looked for before one is read, as the hub may be out of reach by then."""
-        self.system, path = fsspec.url_to_fs(self.about["source"])
-        files = sorted(self.system.glob(path if "*" in path else f"{path}/**/*.parquet"))
-        require(files, f"there are no Parquet files at {self.about['source']}")
-        return [(file, group) for file in files for group in range(self._read(file, lambda opened: opened.num_row_groups))]
-
-    def _read(self, file: str, what: Callable[[parquet.ParquetFile], Any]) -> Any:
-        with self.system.open(file) as opened:
-            return what(parquet.ParquetFile(opened))
 
     def __len__(self) -> int:
-        return len(self.tars or self.groups)
+        return len(self.files)
 
-    def seek(self, out: Path, position: Position) -> None:
-        """Go to a place, from where one pass can be read at most; ``out`` is where images in no tar are copied to."""
-        self.out, self.position, self._reading, self._copied = out, position, self._walk(*position), {}
+    def seek(self, position: Position) -> None:
+        """Go to a place, from where one pass can be read at most."""
+        self.position, self._reading = position, self._walk(*position)
 
     def take(self, most: int) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
         """The next samples that fit ``where``, at most so many; none at the end.
 
         Returns:
-            A table of texts and vectors of float: "filepath", a column for each member or field, "_row" (in its shard) and
-            "_at", the image's place; what cannot be read: row, path, reason; the position after them.
+            A table of texts: "filepath", "title", a column for each field of ``.json``, "_row" (in its shard) and "_at", the
+            image's place; what cannot be read: row, path, reason; the position after them.
         """
         rows, bad = [], []
-        for position, fields, image, fault in self._reading:
-            self.position, path, row = position, fields["filepath"], position[-1]
+        for position, fields, fault in self._reading:
+            self.position = position
             if fault:
-                bad.append((row, path, fault))
+                bad.append((position[-1], fields["filepath"], fault))
             elif all(fields.get(name) in values for name, values in self.where.items()):
-                if isinstance(image, bytes) and path not in self._copied:
-                    with writing(self.out), (self.out / IMAGES).open("ab") as file:
-                        self._copied[path] = f"{IMAGES}/{file.tell()}/{file.write(image)}"
-                rows.append(fields | {"_row": row, "_at": self._copied.get(path, image)})
+                rows.append(fields | {"_row": position[-1]})
             if len(rows) == most:
                 break
         names = dict.fromkeys(name for fields in rows for name in fields)
         table = pa.table({name: [fields.get(name) for fields in rows] for name in names})
         return pa.concat_tables([NOTHING, table], promote_options="default"), bad, self.position
 
-    def _walk(self, past: int, shard: int, row: int) -> Iterator[tuple[Position, dict[str, Any], str | bytes, str]]:
+    def _walk(self, past: int, shard: int, row: int) -> Iterator[tuple[Position, dict[str, Any], str]]:
         limit = past + 1 + (shard > 0 or row > 0)
         while past < limit:
             order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
-            for number, sample in enumerate(islice(self._samples(order[shard]), row, None), row + 1):
+            for number, sample in enumerate(islice(_samples(self.files[order[shard]]), row, None), row + 1):
                 yield (past, shard, number), *sample
             past, shard, row = past + (shard + 1) // len(self), (shard + 1) % len(self), 0
-
-    def _samples(self, index: int) -> Iterator[tuple[dict[str, Any], str | bytes, str]]:
-        """Fields, the image or its place, and what is wrong, of each sample of a shard."""
-        if self.tars:
-            yield from _tar_samples(self.tars[index])
-            return
-        file, group = self.groups[index]
-        for row in self._read(file, lambda opened: opened.read_row_group(group)).to_pylist():
-            for column in self.wanted:
-                require_known(column, row, f"{file} has no column {column!r}")
-            image, captions = (row.pop(name) for name in self.wanted)
-            image = (image["bytes"] if isinstance(image, dict) else image) or b""
-            # By its content: captions may come as several rows with the same image. Other images, masks say, stay out.
-            fields = {name: _field(value) for name, value in row.items() if not isinstance(value, dict | bytes)}
-            name, _, numbered = Path(file).name.partition("-")
-            if numbered and "*" not in self.about["source"]:
-                fields.setdefault("split", name)
-            fields["filepath"] = f"{index:05d}/{hashlib.sha256(image).hexdigest()[:20]}"
-            for caption in (captions or [""]) if isinstance(captions, list) else [captions]:
-                yield fields | {"title": _field(caption)}, image, ""
-
-
-def is_sharded(source: str) -> bool:
-    """Whether this is a source for `Shards`, and no table."""
-    return "://" in source or any(Path(source).glob("*.tar")) or any(Path(source).rglob("*.parquet"))
 
 
 def prepare(
@@ -298,8 +238,8 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file; a source of `Shards`, whose images are read where they lie in tars and copied
-            from elsewhere; or a folder made by this function (then returned as it is).
+        table: TSV, CSV or Parquet file; a folder of WebDataset shards, whose images are read where
+            they lie; or a folder made by this function (then returned as it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
@@ -315,7 +255,7 @@ def prepare(
     if (path / "pairs.json").exists():
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
         return Pairs(path)
-    shards = Shards(str(table), columns, where) if is_sharded(str(table)) else None
+    shards = Shards(str(table), columns, where)
     if not shards and (path.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not path.is_file()):
         raise FileNotFoundError(f"{path.absolute()} is no table (.tsv, .csv, .parquet), folder of shards or of 01_prepare_data")
     root = Path(image_root or path.parent).absolute()
@@ -328,7 +268,7 @@ def prepare(
     if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
         return made
     if shards:
-        shards.seek(out, about["start"])
+        shards.seek(about["start"])
         return hold(out, about, shards.take)
 
     rows, unread = read_table(path)
@@ -349,12 +289,12 @@ def hold(out: Path, about: dict[str, Any], take: Callable[[int], tuple[pa.Table,
 
     Args:
         out: folder to write; what is there goes.
-        about: for ``pairs.json``: "source"; "root" of the images, "" for ``out``; "columns" of image paths and captions;
+        about: for ``pairs.json``: "source"; "root" of the images; "columns" of image paths and captions;
             "where"; "rows", how many to hold (None: all) and the share that may be bad; whatever else is to be known. To
             this comes "next", the position after them.
         take: gives the next so many, as `Shards` does; nothing at the end.
     """
-    source, root, columns, where, (most, share) = about["source"], out / about["root"], about["columns"], about["where"], about["rows"]
+    source, root, columns, where, (most, share) = about["source"], Path(about["root"]), about["columns"], about["where"], about["rows"]
     remove(out)
     out.mkdir(parents=True)
     kept, bad, missing = [], [], most or 2**62
@@ -412,21 +352,17 @@ class Stream:
         run: its folder; ``run/stream/NUMBER`` holds an episode, and ``run/stream/bad_rows_NUMBER.jsonl`` stays.
 
     Attributes:
-        size: pairs of an episode.
         starts: where in the stream the present episode begins, and the next, by number: for checkpoints.
 
     Raises:
-        ValueError: the table is no source in shards.
+        ValueError: the table is no folder of shards.
     """
 
     def __init__(self, config: TrainConfig, run: Path) -> None:
-        require(is_sharded(config.table), f"{config.table} is no folder of shards, nor a data set of the hub: stream = False reads it")
         self.shards = Shards(config.table, (config.image_column, config.caption_column), config.where, config.seed)
-        self.run, self.seed, self.size = run, config.seed, config.episode_size
-        self.about = self.shards.about | {"rows": [self.size, config.max_bad_share]}
-        files = self.shards.files
-        self.mark = fingerprint([file.name for file in files], [str(file.stat().st_size) for file in files]) + f" {len(self.shards)}"
-        self.starts = {"1": [0, 0, 0], "shards": self.mark}
+        require(self.shards, f"{config.table} is no folder of shards (.tar): stream = False reads it")
+        self.run, self.about = run, self.shards.about | {"rows": [config.episode_size, config.max_bad_share]}
+        self.starts = {"1": [0, 0, 0], "shards": len(self.shards)}
 
     def open(self, number: int) -> Pairs:
         """The pairs of an episode, fetched unless they are there; those of others go.
@@ -435,24 +371,21 @@ class Stream:
             ValueError: too many samples are bad, or a pass has fewer that are usable than an episode.
         """
         out, start = folder_of(self.run, number), self.starts[str(number)]
-        changed = self.starts["shards"] != self.mark
-        require(not changed, f"the shards of {self.about['source']} changed, and with them their order: bring them back")
+        changed = self.starts["shards"] != len(self.shards)
+        require(not changed, f"{self.about['source']} had {self.starts['shards']} shards: with others they come in another order")
         if not (out / "pairs.json").exists() or Pairs(out).about["start"] != start:
-            self.shards.seek(out, start)
+            self.shards.seek(start)
             hold(out, self.about | {"start": start}, self.shards.take)
         for old in out.parent.iterdir():
-            # The last one stays: somebody may be looking at it.
+            # The one before stays: somebody may be looking at it.
             if old.is_dir() and old not in (out, folder_of(self.run, number - 1)):
                 remove(old)
         shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
         pairs = Pairs(out)
-        require(len(pairs) == self.size, f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size to that")
+        usable = len(pairs) == self.about["rows"][0]
+        require(usable, f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size to that")
         self.starts |= {str(number): start, str(number + 1): pairs.about["next"]}
         return pairs
-
-    def ids(self, number: int) -> np.ndarray:
-        """Row numbers of the episode's pairs in the order they are learnt, (size,) int64."""
-        return numpy_generator(self.seed, "stream", number).permutation(self.size)
 
 
 def remove(folder: Path) -> None:
@@ -461,7 +394,8 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], str, str]]:
+def _samples(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Fields of each sample of a shard, and what is wrong with it."""
     samples: dict[str, dict] = defaultdict(dict)
     for name, place in index_tar(shard, shard.name).items():
         key = re.sub(r"\.[^/]*$", "", name)
@@ -470,29 +404,16 @@ def _tar_samples(shard: Path) -> Iterator[tuple[dict[str, Any], str, str]]:
         for key, parts in samples.items():
             kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
             fields, fault = {"title": ""}, ""
-            for member in sorted(parts):  # .txt comes last
+            for member in sorted({"txt", "json"} & parts.keys()):  # .txt last
                 start, size = map(int, parts[member].split("/")[1:])
-                data = whole[start : start + size] if member in ("txt", "json") or member.endswith("npy") else b""
+                data = whole[start : start + size].decode(errors="replace")
                 try:
-                    if member == "txt":
-                        fields["title"] = data.decode(errors="replace")
-                    elif member == "json":
-                        fields |= {name: _field(value) for name, value in json.loads(data).items()}
-                    elif data:
-                        fields[member] = np.lib.format.read_array(BytesIO(data), allow_pickle=False).astype(np.float32).ravel()
+                    told = {"title": data} if member == "txt" else json.loads(data)
+                    # JSON may hold halves of surrogate pairs, which are no text.
+                    fields |= {name: "" if v is None else str(v).encode(errors="replace").decode() for name, v in told.items()}
                 except (ValueError, AttributeError) as error:
-                    fault = f"unreadable .{member}: {error}"
-            fields["filepath"] = f"{shard.name}/{key}.{kind}"
-            yield fields, parts.get(kind, NO_PLACE), fault
-
-
-def _field(value: Any) -> Any:
-    """As text; a list of numbers as a vector."""
-    if isinstance(value, list):
-        numbers = all(type(item) in (int, float) for item in value)
-        return np.array(value, np.float32) if value and numbers else str(value)
-    # JSON may hold halves of surrogate pairs, which are no text.
-    return None if value is None else str(value).encode(errors="replace").decode()
+                    fault = f"unreadable .json: {error}"
+            yield fields | {"filepath": f"{shard.name}/{key}.{kind}", "_at": parts.get(kind, NO_PLACE)}, fault
 
 
 def _fault(root: Path, image: tuple[str, str]) -> str:

@@ -1,17 +1,13 @@
-"""Shards become pairs: WebDataset tars where they lie, nothing extracted; Parquet and hub data sets by a copy of their images."""
+"""WebDataset shards as img2dataset writes them become pairs where they lie, nothing extracted."""
 
 import json
 import os
-import pickle
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
-from helpers import encoded, npy, picture, write_parquet, write_shard
+from helpers import encoded, picture, write_shard
 
-from protoclip_lab import teachers
+from protoclip_lab.data.downstream import PairImages
 from protoclip_lab.data.pairs import Pairs, prepare
 
 
@@ -84,103 +80,33 @@ def test_a_shard_written_anew_in_place_is_indexed_anew(folder, tmp_path):
     np.testing.assert_array_equal(np.asarray(pairs.image(3)), np.asarray(picture(30)))
 
 
-# --- Parquet and the hub
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A data set as the hub holds it: Parquet files of two splits, read by its folder."""
-    for number in range(2):
-        rows = [10 * number + i for i in range(5)]
-        write_parquet(tmp_path / "set" / "data" / f"train-0000{number}-of-00002.parquet", rows)
-    write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", [90, 91])
-    return tmp_path / "set"
-
-
-IMAGE = {"image_column": "image", "caption_column": "text"}
-
-
-def test_pairs_of_parquet_files_have_their_pixels_captions_and_columns(hub, tmp_path):
-    pairs = prepare(hub, tmp_path / "out", where={"split": "train"}, **IMAGE)
-    numbers = [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
-    assert pairs.captions == [f"caption {i}" for i in numbers]
-    for index, number in enumerate(numbers):
-        np.testing.assert_array_equal(np.asarray(pairs.image(index)), np.asarray(picture(number)))
-    assert pairs.column("width") == ["10"] * 10 and pairs.column("split") == ["train"] * 10
-    vectors = teachers.of("vector", "teacher", pairs)
-    assert vectors.dtype == np.float32
-    np.testing.assert_array_equal(vectors, [[i, 0.5, -i] for i in numbers])
-    # Prepared once; moved elsewhere with its images.
-    (hub / "data" / "train-00001-of-00002.parquet").touch()
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    np.testing.assert_array_equal(np.asarray(Pairs(tmp_path / "elsewhere").image(7)), np.asarray(picture(12)))
-
-
-def test_parquet_files_without_splits_need_none(tmp_path):
-    write_parquet(tmp_path / "set" / "one.parquet", [3, 4])
-    pairs = prepare(tmp_path / "set", tmp_path / "out", **IMAGE)
-    assert pairs.captions == ["caption 3", "caption 4"] and "split" not in pairs.columns
-
-
-def test_only_as_many_rows_are_read_as_are_wanted(hub, tmp_path):
-    pairs = prepare(hub, tmp_path / "out", where={"split": "train"}, dataset_size=3, **IMAGE)
-    assert pairs.captions == ["caption 0", "caption 1", "caption 2"]
-    assert (tmp_path / "out" / "images").stat().st_size == sum(len(encoded(i)) for i in range(3))
-
-
-def test_rows_without_an_image_are_listed_and_the_wanted_number_is_reached(tmp_path):
-    write_parquet(tmp_path / "set" / "a.parquet", range(20), without=[1], broken=[2])
-    pairs = prepare(tmp_path / "set", tmp_path / "out", dataset_size=10, max_bad_share=0.5, **IMAGE)
-    assert pairs.captions == [f"caption {i}" for i in (0, *range(3, 12))]
+def test_only_as_many_rows_are_read_as_are_wanted_and_good_ones_come_in_for_bad(folder, tmp_path):
+    write_shard(folder / "00000.tar", [*sample(0), ("1.png", encoded(1)[:50]), ("1.txt", b"broken"), *sample(2), ("3.json", b"{")])
+    pairs = prepare(folder, tmp_path / "out", dataset_size=4, max_bad_share=0.5)
+    assert pairs.captions == [f"caption {i}" for i in (0, 2, 10, 11)]
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
-    # The second row of the first row group, and the first of the second.
-    assert {(row["row"], row["filepath"][:6]) for row in listed} == {(2, "00000/"), (1, "00001/")}
+    assert {(row["row"], row["filepath"]) for row in listed} == {(2, "00000.tar/1.png"), (4, "00000.tar/3.")}
 
 
-def test_several_captions_of_an_image_are_pairs_of_one_image(tmp_path):
-    image = {"bytes": encoded(5), "path": None}
-    (tmp_path / "set").mkdir()
-    parquet.write_table(pa.table({"image": [image], "text": [["one", "two"]]}), tmp_path / "set" / "one.parquet")
-    pairs = prepare(tmp_path / "set", tmp_path / "out", **IMAGE)
-    assert pairs.captions == ["one", "two"] and pairs.image_ids.tolist() == [0, 0]
+def test_where_a_sample_lacks_the_field_it_is_passed_over(folder, tmp_path):
+    odd = [*sample(20, kind="a"), *sample(21), ("22.png", encoded(22)), ("22.txt", b"no json"), *sample(23, kind="a")]
+    write_shard(folder / "00002.tar", odd)
+    assert prepare(folder, tmp_path / "out", where={"kind": "a"}).captions == ["caption 20", "caption 23"]
+    with pytest.raises(ValueError, match="0 of 0 rows .* are usable.*none has {'kind': 'b'}"):
+        prepare(folder, tmp_path / "none", where={"kind": "b"})
 
 
-def test_a_name_of_the_hub_goes_to_the_hub(hub, tmp_path, monkeypatch):
-    asked, load = [], datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: asked.append(name) or load(str(hub), **options))
-    for name in ("hf://datasets/nobody/things", "hf://datasets/nobody/things:small"):
-        pairs = prepare(name, tmp_path / name[-5:], where={"split": "test"}, **IMAGE)
-        assert pairs.captions == ["caption 90", "caption 91"]
-    assert asked == [("nobody/things",), ("nobody/things", "small")]
+def test_fields_of_any_kind_become_texts(folder, tmp_path):
+    odd = [*sample(20, tags=[0.5, 1]), *sample(21, tags=None), *sample(22, tags=[]), *sample(23, tags="half of a pair: \ud83d")]
+    write_shard(folder / "00002.tar", odd)
+    found = prepare(folder, tmp_path / "out").column("tags")[6:]
+    assert found == ["[0.5, 1]", "", "[]", "half of a pair: ?"]
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({}, r"has splits \[.*\], not 'None'.*where={'split': 'train'}"),
-        ({"where": {"split": "trian"}}, "not 'trian'.*nearest valid name is 'train'"),
-        ({"where": {"split": "train"}, "image_column": "imag"}, "no column 'imag'; the nearest valid name is 'image'"),
-        ({"where": {"split": "train"}, "caption_column": "txt"}, "no column 'txt'; the nearest valid name is 'text'"),
-        ({"where": {"split": "train", "width": 11}}, "0 of 0 rows .* are usable.*none has .*'width': 11"),
-    ],
-)
-def test_what_is_not_there_is_named_before_anything_is_copied(options, message, hub, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        prepare(hub, tmp_path / "out", **IMAGE | options)
-
-
-def test_vectors_of_a_shard_are_teacher_features_and_no_pickle_is_opened(folder, tmp_path):
-    write_shard(folder / "00000.tar", [part for i in range(3) for part in [*sample(i), (f"{i:09d}.clip.npy", npy([i, 1.0]))]])
-    poison = pickle.dumps(print)
-    write_shard(folder / "00001.tar", [*sample(7), ("000000007.clip.npy", poison), *sample(8), ("000000008.clip.npy", npy([8, 1]))])
-    pairs = prepare(folder, tmp_path / "out", max_bad_share=0.5)
-    assert "unreadable .clip.npy" in (tmp_path / "out" / "bad_rows.jsonl").read_text()
-    np.testing.assert_array_equal(teachers.of("clip.npy", "t", pairs), [[0, 1], [1, 1], [2, 1], [8, 1]])
-    with pytest.raises(ValueError, match="title of .* holds no vectors"):
-        pairs.vectors("title")
-
-
-def test_vectors_of_unlike_length_are_refused(folder, tmp_path):
-    write_shard(folder / "00001.tar", [*sample(7), ("000000007.v.npy", npy([1])), *sample(8), ("000000008.v.npy", npy([8, 1]))])
-    with pytest.raises(ValueError, match=r"v\.npy of .* holds no vectors of one length"):
-        prepare(folder, tmp_path / "out").vectors("v.npy")
+def test_images_of_shards_can_be_evaluated_and_taught_from(folder, tmp_path):
+    pairs = prepare(folder, tmp_path / "out")
+    images = PairImages(pairs)
+    np.testing.assert_array_equal(np.asarray(images[4]), np.asarray(picture(11)))
+    assert len(images) == 6 and images.fingerprint == PairImages(pairs).fingerprint
+    (folder / "00001.tar").touch()
+    assert images.fingerprint != PairImages(pairs).fingerprint

@@ -178,5 +178,5 @@ def test_a_pickle_with_forged_checksums_is_named(settings, unbroken, tmp_path):
     sums = json.loads((last / "checksums.json").read_text())
     sums["optimizer.safetensors"] = _sha256(last / "optimizer.safetensors")
     replace(last / "checksums.json", json.dumps(sums).encode())
-    with pytest.raises(ValueError, match="episode_0003 is broken.*delete it, and the one before is taken"):
+    with pytest.raises(ValueError, match="episode_0003 is broken.*Delete it, and the one before is taken"):
         train(config)

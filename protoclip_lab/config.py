@@ -87,7 +87,6 @@ class TrainConfig(Settings):
     image_size: int | None = Field(None, ge=16, description="pixels; None takes the model's own")
     context_length: int | None = Field(None, ge=4, description="tokens; None takes the model's own")
     text_model: str = Field("", description="Hugging Face text tower, hub name or folder; empty takes the model's own")
-    text_pretrained: bool = Field(True, description="load the weights of text_model too")
     projection_dim: int = Field(128, ge=1, description="width of the features that are clustered")
     projection_hidden: int = Field(2048, ge=1, description="hidden width of the projection heads")
     projection_depth: int = Field(1, ge=0, description="hidden layers of the projection heads; 0 is one Linear")

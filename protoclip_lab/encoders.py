@@ -107,7 +107,7 @@ def create(config: TrainConfig) -> TwoTowers:
     if config.text_model:
         name = str(Path(config.text_model).absolute()) if Path(config.text_model).is_dir() else config.text_model
         text = {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": "mean_pooler", "context_length": 77}
-        cfg |= {"text_cfg": {**text, "hf_model_pretrained": config.text_pretrained}, "custom_text": True}
+        cfg |= {"text_cfg": {**text, "hf_model_pretrained": True}, "custom_text": True}
         tokenizer = partial(open_clip.tokenizer.HFTokenizer, name)
     cfg["text_cfg"] |= {"context_length": config.context_length} if config.context_length else {}
     cfg |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if config.alignment == "siglip" else {}

@@ -157,8 +157,7 @@ class _Trainer:
             if self.main:
                 shutil.copyfile(self.pairs.folder / BAD_ROWS, run.path / BAD_ROWS)
         # A streamed episode is all there is, learnt in an order of its own.
-        rows = config.episode_size if self.stream else len(self.pairs)
-        self.episodes = Episodes(rows, config.episode_size, config.seed)
+        self.episodes = Episodes(config.episode_size if self.stream else len(self.pairs), config.episode_size, config.seed)
         size, self.width = self.episodes.size, config.batch_size * config.accumulation
         require(size >= self.width, f"an episode of {size} pairs is smaller than a step of {self.width}: lower batch_size")
         self.steps, rolling = size // self.width, config.prototypes == "rolling"

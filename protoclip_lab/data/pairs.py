@@ -32,7 +32,6 @@ from protoclip_lab.storage import write_json, write_text
 BAD_ROWS = "bad_rows.jsonl"
 NO_PLACE = ""  # of an image that is a file of its own; else "file/offset/size", the file below the root
 NOTHING = pa.table({name: pa.array([], "int64" if name == "_row" else "string") for name in ("filepath", "title", "_row", "_at")})
-ROUND = 2**16  # samples read and then checked at once
 Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
 
 
@@ -43,7 +42,6 @@ class Pairs(Sequence):
 
     Attributes:
         about: what ``pairs.json`` says.
-        columns: names of the table's columns.
         folder: where it lies, with ``pairs.json`` (source, fingerprint, counts) and ``bad_rows.jsonl``.
         fingerprint: SHA-256 over (file path, caption) of the rows in order; teacher features are tied to it.
         source: the table it was made from.
@@ -58,7 +56,6 @@ class Pairs(Sequence):
         self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
-        self.columns = self._whole.column_names
         self.image_ids = self._table["_image"].to_numpy()
 
     def __len__(self) -> int:
@@ -299,7 +296,7 @@ def hold(out: Path, about: dict[str, Any], take: Callable[[int], tuple[pa.Table,
     out.mkdir(parents=True)
     kept, bad, missing = [], [], most or 2**62
     while missing > 0:
-        rows, unread, position = take(min(missing, ROUND))
+        rows, unread, position = take(min(missing, 2**16))  # so that what is read before it is checked stays small
         if not len(rows) and not unread:
             break
         splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
@@ -371,8 +368,7 @@ class Stream:
             ValueError: too many samples are bad, or a pass has fewer that are usable than an episode.
         """
         out, start = folder_of(self.run, number), self.starts[str(number)]
-        changed = self.starts["shards"] != len(self.shards)
-        require(not changed, f"{self.about['source']} had {self.starts['shards']} shards: with others they come in another order")
+        require(self.starts["shards"] == len(self.shards), f"{self.about['source']} has other shards now: their order would change")
         if not (out / "pairs.json").exists() or Pairs(out).about["start"] != start:
             self.shards.seek(start)
             hold(out, self.about | {"start": start}, self.shards.take)
@@ -382,8 +378,7 @@ class Stream:
                 remove(old)
         shutil.copyfile(out / BAD_ROWS, out.with_name(f"bad_rows_{out.name}.jsonl"))
         pairs = Pairs(out)
-        usable = len(pairs) == self.about["rows"][0]
-        require(usable, f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size to that")
+        require(len(pairs) == self.about["rows"][0], f"a pass over {pairs.source} has {len(pairs)} usable pairs: lower episode_size")
         self.starts |= {str(number): start, str(number + 1): pairs.about["next"]}
         return pairs
 

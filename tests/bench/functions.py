@@ -148,7 +148,7 @@ def kmeans(
     huge: tuple[int, int] = (200_000, 20_000),
     d: int = 128,
     drift: float = 0.5,
-    tolerance: float = 3e-3,
+    tolerance: float = 7.5e-3,
     rounds: int = 3,
     large_rounds: int = 1,
     seed: int = 0,

@@ -262,8 +262,8 @@ def prepare(
     changed = [file.stat().st_mtime_ns for file in (shards.files if shards else (path, root))]
     about |= {"rows": [dataset_size, max_bad_share], "start": (0, 0, 0), "changed": changed, "form": 3}
     about = json.loads(json.dumps(about, default=str))  # to compare
-    if (out / "pairs.json").exists() and about.items() <= (made := Pairs(out)).about.items():
-        return made
+    if (out / "pairs.json").exists() and about.items() <= json.loads((out / "pairs.json").read_text()).items():
+        return Pairs(out)
     if shards:
         shards.seek(about["start"])
         return hold(out, about, shards.take)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -299,3 +300,13 @@ def test_flickr8k_training_split_holds_no_val_or_test_picture(flickr8k, tmp_path
     assert len(found) == 30_000 and found.image_ids.max() == 5_999
     others = set(index_tar(flickr8k / "val.tar")) | set(index_tar(flickr8k / "test.tar"))
     assert not others & set(found.column("filepath"))
+
+
+def test_what_an_older_version_prepared_is_prepared_anew(folder):
+    table = write(folder, "filepath\ttitle\n0.jpg\tred\n1.jpg\tgreen\n")
+    made = read(table)
+    about = json.loads((made.folder / "pairs.json").read_text())
+    (made.folder / "pairs.json").write_text(json.dumps(about | {"form": 1}))
+    shutil.rmtree(made.folder / "table")  # of another form, so not to be opened
+    again = read(table)
+    assert again.fingerprint == made.fingerprint and again.captions == ["red", "green"]

@@ -27,9 +27,10 @@ RECIPE = Path(__file__).parents[2] / "notebooks" / "recipes" / "demo.yaml"
 def settings(folder: Path) -> dict[str, Any]:
     """The demo's ProtoCLIP, without an end, evaluated and drawn every other episode, prototypes of every kind."""
     demo = yaml.safe_load(RECIPE.read_text())["03_train"]
-    features, pairs = teachers.teach(folder, model="sentence-transformers/all-MiniLM-L6-v2")
-    held_out = {"name": "shapes", "table": str(folder / "shapes" / "captions.tsv"), "where": {"split": "test"}, "label": "colour"}
-    watching = {"evaluate_every": 2, "evaluation_sets": [held_out | {"measures": ["zero_shot", "retrieval", "gap", "grouping"]}]}
+    features, pairs = teachers.teach(folder / "teacher", model="sentence-transformers/all-MiniLM-L6-v2")
+    held_out = {"table": str(folder / "shapes" / "captions.tsv"), "image_root": str(folder / "shapes" / "images")}
+    held_out |= {"where": {"split": "test"}, "label": "colour", "measures": ["zero_shot", "retrieval", "gap", "grouping"]}
+    watching = {"evaluate_every": 2, "evaluation_sets": [held_out | {"name": "shapes"}]}
     taught = {"teachers": [{"features": str(features), "name": "minilm"}], "table": str(pairs.folder), "draw_every": 2}
     return demo["common"] | demo["arms"]["protoclip"] | watching | taught | {"episodes": 10_000, "run": str(folder / "run")}
 
@@ -63,10 +64,12 @@ def main(minutes: float = 30, **changes: Any) -> int:
         child.join()
         metrics = Path(given["run"], "metrics.jsonl").read_text().splitlines()
         checkpoints = sorted(path.name for path in Path(given["run"], "checkpoints").iterdir())
+        evaluated = Path(given["run"], "evaluation.jsonl").read_text().count("\n")
     found = pd.DataFrame(rows)
     found["sixth"] = np.minimum(6 * found["minute"] // minutes, 5).astype(int) + 1
     print(found.groupby("sixth")[["MiB", "handles", "processes"]].agg(["median", "max"]).round(0).to_string())
-    print(f"{json.loads(metrics[-1])['episode']} episodes, {len(metrics)} rows of metrics, last checkpoint {checkpoints[-1]}")
+    print(f"{json.loads(metrics[-1])['episode']} episodes, {len(metrics)} rows of metrics, {evaluated} of evaluation")
+    print(f"last checkpoint {checkpoints[-1]}")
     middle, last = (found[found["sixth"].isin(part)].median() for part in ((3, 4), (5, 6)))
     grown = last["MiB"] > 1.05 * middle["MiB"] or last["handles"] > middle["handles"]
     print("grown" if grown else "flat")

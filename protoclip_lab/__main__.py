@@ -52,10 +52,9 @@ def _watch(run: str, given: dict) -> None:
 
 
 def _collect(urls: str, given: dict) -> None:
-    from protoclip_lab.data.collect import collect, export
+    from protoclip_lab.data.collect import collect
 
-    task = export if "://" in urls or Path(urls).is_dir() else collect
-    print(task(urls, **given).to_string())
+    print(collect(urls, **given).to_string())
 
 
 COMMANDS = {"run": _run, "train": _train, "evaluate": _evaluate, "watch": _watch, "collect": _collect}

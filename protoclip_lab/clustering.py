@@ -154,33 +154,34 @@ def _faiss_kmeans(features: Tensor, k: int, iterations: int, restarts: int, seed
     return tuple(torch.from_numpy(found).to(features.device) for found in (engine.assign(array)[1], engine.centroids))
 
 
-def _assign(features: Tensor, centroids: Tensor, *, balanced: bool, shared: bool) -> Tensor:
-    penalty = balance(features, centroids) if balanced else None
-    if not shared:
-        return nearest(features, centroids, penalty)
-    # Labels are what is passed on, not sums of features: all processes hold all features.
-    state, each = PartialState(), -(-len(features) // PartialState().num_processes)
-    part = torch.arange(each * state.process_index, each * (state.process_index + 1), device=features.device) % len(features)
-    # In place: GPUs add up in no fixed order, and all have to stop after the same iteration.
-    return utils.gather(nearest(features[part], utils.broadcast(centroids), penalty))[: len(features)]
+def _torch_kmeans(features: Tensor, k, iterations, restarts, seed, init, tolerance, balanced=False, shared=False) -> tuple:
+    own, total = slice(None), lambda found: found
+    if shared:
+        # Each process assigns its part of the rows; what is added up over all comes out with the same bits in each.
+        state = PartialState()
+        own = slice(*(len(features) * (state.process_index + i) // state.num_processes for i in range(2)))
+        total = lambda found: utils.reduce(torch.as_tensor(found, device=features.device), "sum")  # noqa: E731
+    rows, found = features[own], []
 
+    def assign() -> Tensor:
+        return nearest(rows, centroids, balance(features, centroids) if balanced else None)
 
-def _torch_kmeans(
-    features: Tensor, k: int, iterations: int, restarts: int, seed: int, init: Tensor | None, tolerance: float, **how: bool
-) -> tuple:
-    found = []
     for restart in range(restarts):
         draws = numpy_generator(seed, "kmeans", restart)
         centroids = features[draws.permutation(len(features))[:k]] if init is None else init.to(features)
         objective = torch.inf
         for _ in range(iterations):
-            labels = _assign(features, centroids, **how)
-            before, objective = objective, _objective(features, labels, centroids) if tolerance else torch.inf
+            labels = assign()
+            before, objective = objective, float(total(_objective(rows, labels, centroids))) if tolerance else torch.inf
             if tolerance and objective > before * (1 - tolerance):
                 break
+            sizes = total(torch.bincount(labels, minlength=k))
+            sums = total(features.new_zeros(k, features.shape[1]).index_add_(0, labels, rows))
             # An empty cluster takes half of one drawn in proportion to its size. On the host: faiss 1.8 does it for NumPy alone.
-            means = back_translate(labels, features, k).cpu().numpy()
-            reassign_centroids(torch.bincount(labels, minlength=k).cpu().numpy(), means, draws)
+            means = (sums / sizes.clamp(min=1).unsqueeze(1)).cpu().numpy()
+            reassign_centroids(sizes.cpu().numpy(), means, draws)
             centroids = torch.from_numpy(means).to(features.device)
-        found.append((_assign(features, centroids, **how), centroids))
+        labels = features.new_zeros(len(features), dtype=torch.int64)
+        labels[own] = assign()
+        found.append((total(labels), centroids))
     return min(found, key=lambda labels_centroids: _objective(features, *labels_centroids))

@@ -48,7 +48,7 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, protected_namespa
 class TeacherConfig(Settings):
     """An external teacher: where its features are from, and how it teaches."""
 
-    features: str = Field(description=".npy made by 02 for the same table, or a text model as in 02")
+    features: str = Field(description=".npy made by 02 for the same table, a column of vectors, or a text model as in 02")
     name: str = Field("", description="name in metrics; empty takes the file's folder and stem")
     weight: float = Field(1.0, ge=0, description="weight of its two directions together")
     temperature: float = Field(-1.0, description="softmax temperature of its soft targets; 0 or less is one-hot")
@@ -70,10 +70,10 @@ class TrainConfig(Settings):
     compile: bool = Field(False, description="torch.compile the towers; takes a minute, see reports/LOG.md")
 
     # --- data
-    stream: bool = Field(False, description="read shards as a stream: an episode is its next pairs, held while it lasts")
-    table: str = Field("shapes", description="TSV, CSV, Parquet, folder of shards or made by 01; shapes draws its own")
+    stream: bool = Field(False, description="read shards or hub as a stream: an episode is its next pairs, held while it lasts")
+    table: str = Field("shapes", description="TSV, CSV, Parquet, shards, hf://datasets/NAME or made by 01; shapes draws its own")
     image_root: str = Field("", description="folder or tar of the images; empty takes the folder of the table")
-    image_column: str = Field("filepath", description="column of image paths")
+    image_column: str = Field("filepath", description="column of image paths, or of images")
     caption_column: str = Field("title", description="column of captions")
     where: dict[str, Any] = Field(default_factory=dict, description="column to value; only these rows are taken")
     dataset_size: int | None = Field(None, ge=1, description="keep the first so many pairs; None keeps all")

@@ -116,19 +116,26 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
-    if features.dtype != np.float32 or features.ndim != 2:
-        raise ValueError(f"{name} are {features.dtype} of shape {features.shape}, not float32 of shape (N, dim). {again}.")
-    # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
-    if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
-        raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")
-    return features
+    return _checked(features, name, again)
 
 
 def of(features: str, pairs: Pairs) -> np.ndarray:
-    """A teacher's features of these pairs, (N, dim) float32: of a file, or made by a text model and kept with the pairs.
+    """A teacher's features of these pairs, (N, dim) float32.
 
-    Made here they are left without PCA, so that those of all episodes of a stream live in one space. Errors as :func:`load`.
+    Args:
+        features: a column of the pairs that holds vectors; a file, see :func:`load`; or a text model, whose features are kept
+            with the pairs and left without PCA, so that those of all episodes of a stream live in one space.
+
+    Raises:
+        ValueError: a column whose vectors are missing, of different lengths or with NaN or Inf; or as :func:`load`.
     """
+    if features in pairs.columns:
+        name = f"column {features!r} of {pairs.source}"
+        vectors = [np.fromstring((vector or "")[1:-1], np.float32, sep=",") for vector in pairs.column(features)]
+        for row, vector in enumerate(vectors):
+            numbers = f"{name}: row {row} has {len(vector)} numbers, row 0 has {len(vectors[0])}"
+            require(0 < len(vector) == len(vectors[0]), f"{numbers}. Mend it.")
+        return _checked(np.stack(vectors), name, "Mend it")
     if features.endswith(".npy"):
         return load(features, pairs)
     path = pairs.folder / hashlib.sha256(features.encode()).hexdigest()[:8] / "teacher.npy"
@@ -136,6 +143,15 @@ def of(features: str, pairs: Pairs) -> np.ndarray:
         if not path.with_suffix(".json").exists():
             teach(path.parent, str(pairs.folder), model=features, dim=None)
     return load(path, pairs)
+
+
+def _checked(features: np.ndarray, name: str, remedy: str) -> np.ndarray:
+    kind = f"{features.dtype} of shape {features.shape}"
+    require(features.dtype == np.float32 and features.ndim == 2, f"{name} are {kind}, not float32 of shape (N, dim). {remedy}.")
+    # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
+    bad = ~np.isfinite(features.sum(axis=1, dtype=np.float64))
+    require(not bad.any(), f"{name}: row {bad.argmax()} holds NaN or Inf. {remedy}.")
+    return features
 
 
 def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:

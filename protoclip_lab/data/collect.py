@@ -1,12 +1,10 @@
-"""To WebDataset shards: lists of URLs and captions, as CC3M and CC12M come, on img2dataset; data sets of the Hugging Face hub."""
+"""Lists of URLs and captions, as CC3M and CC12M come, to WebDataset shards on img2dataset."""
 
 import csv
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
-from tqdm.auto import tqdm
 
 from protoclip_lab.config import require
 
@@ -45,35 +43,3 @@ def collect(urls: str | Path, output: str | Path = "", **options: Any) -> pd.Ser
     rows = pd.concat([pd.read_parquet(part) for part in sorted((out / "shards").glob("*.parquet"))])
     rows.loc[rows["status"] != "success", ["url", "caption", "error_message"]].to_csv(out / "failed.tsv", sep="\t", index=False)
     return rows["error_message"].fillna("success").value_counts()
-
-
-def export(
-    source: str, output: str | Path, *, split: str = "train", image_column: str = "image", caption_column: str = "text"
-) -> pd.Series:
-    """Copy a data set with the images in its Parquet files into WebDataset shards, ``output/shards``, as its rows come.
-
-    Called again it begins anew.
-
-    Args:
-        source: hf://datasets/NAME on the Hugging Face hub, or a folder of Parquet files.
-        output: folder.
-        split, image_column, caption_column: of the data set. A list of captions makes as many samples.
-
-    Returns:
-        Number of samples: "success". A row without an image becomes one that cannot be read, for 01_prepare_data to list.
-
-    Raises:
-        ValueError: no such split or column, from datasets.
-        ImportError: webdataset, which comes with img2dataset, is not installed.
-    """
-    from webdataset import ShardWriter
-
-    rows = datasets.load_dataset(source.removeprefix("hf://datasets/"), split=split, streaming=True)
-    rows = rows.select_columns([image_column, caption_column]).cast_column(image_column, datasets.Image(decode=False))
-    (out := Path(output) / "shards").mkdir(parents=True, exist_ok=True)
-    with ShardWriter(f"{out}/%05d.tar", maxcount=10_000, verbose=0) as shards:
-        for row in tqdm(rows, desc=source, mininterval=2):
-            image, captions = (row[image_column] or {}).get("bytes") or b"", row[caption_column]
-            for caption in captions if isinstance(captions, list) else [captions]:
-                shards.write({"__key__": f"{shards.total:09d}", "jpg": image, "txt": str(caption)})
-    return pd.Series({"success": shards.total})

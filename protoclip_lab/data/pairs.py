@@ -1,4 +1,4 @@
-"""Image-text pairs: a table, shards or a stream of them, checked once and then held in Arrow with their images at hand."""
+"""Image-text pairs: a table, shards, a data set of the hub or a stream of these, checked and held in Arrow, images at hand."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ import shutil
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -27,9 +27,11 @@ from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.randomness import numpy_generator
-from protoclip_lab.storage import write_json, write_text
+from protoclip_lab.storage import write_json, write_text, writing
 
 BAD_ROWS = "bad_rows.jsonl"
+IMAGES = "images"  # of pairs that came with their images, one after the other
+HUB = "hf://datasets/"
 NO_PLACE = ""  # of an image that is a file of its own; else "file/offset/size", the file below the root
 NOTHING = pa.table({name: pa.array([], "int64" if name == "_row" else "string") for name in ("filepath", "title", "_row", "_at")})
 Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
@@ -43,6 +45,7 @@ class Pairs(Sequence):
     Attributes:
         about: what ``pairs.json`` says.
         folder: where it lies, with ``pairs.json`` (source, fingerprint, counts) and ``bad_rows.jsonl``.
+        columns: the names of the table's columns.
         fingerprint: SHA-256 over (file path, caption) of the rows in order; teacher features are tied to it.
         source: the table it was made from.
         image_ids: (N,) int64, number of the distinct image of each row.
@@ -52,8 +55,9 @@ class Pairs(Sequence):
         self.folder = Path(folder)
         self.about = about = json.loads((self.folder / "pairs.json").read_text())
         self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self.root = Path(about["root"])
+        self.root = self.folder / about["root"]  # that root, or the folder itself
         self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
+        self.columns = self._whole.column_names
         # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
         self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
         self.image_ids = self._table["_image"].to_numpy()
@@ -168,40 +172,67 @@ def read_table(path: Path) -> tuple[pa.Table, list[tuple[int, str, str]]]:
 
 
 class Shards:
-    """Samples of WebDataset shards as img2dataset writes them: members of one name up to its first dot are one.
+    """Samples that come with their images, shard by shard.
 
     Args:
-        source: the folder of tars.
-        columns: of image paths and captions: "filepath", "title" (a sample's ``.txt``), or a field of its ``.json``.
-        where: column to value (or list of values); other samples are passed over.
+        source: a folder of WebDataset tars as img2dataset writes them (members of one name up to its first dot are one
+            sample); a Parquet file with images in it, or a folder of such; ``hf://datasets/NAME`` on the Hugging Face hub,
+            ``hf://datasets/NAME#CONFIGURATION`` where it has several.
+        columns: of image paths and captions. In tars "filepath", "title" (a sample's ``.txt``), or a field of its ``.json``;
+            elsewhere the column of the images themselves, and one of captions or of lists of them, a sample each.
+        where: column to value (or list of values); other samples are passed over. "split" is that of a data set.
         seed: shards come in another order in each pass; None leaves them in theirs.
+
+    Attributes:
+        files: what there is of these; empty where the source is nothing of the kind.
     """
 
     def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
-        self.files, self.seed = sorted(Path(source).glob("*.tar")), seed
+        path, self.seed = Path(source), seed
+        tars = sorted(path.glob("*.tar"))
+        self.files = tars or sorted(path.rglob("*.parquet")) or [path] * (source.startswith(HUB) or _holds(path, columns[0]))
         self.where = {name: [*map(str, wanted if isinstance(wanted, list | tuple) else [wanted])] for name, wanted in where.items()}
-        self.about = {"source": source, "root": str(Path(source).absolute()), "columns": columns, "where": where}
+        # Images in tars are read where they lie, others are copied.
+        self.tars, root = tars, str(path.absolute()) if tars else ""
+        self.about = {"source": source, "root": root, "columns": columns, "where": where}
+
+    @cached_property
+    def rows(self) -> datasets.IterableDataset:
+        """What is no tar, as the library reads it."""
+        source = self.about["source"]
+        name, _, configuration = source.removeprefix(HUB).partition("#")
+        how = ("parquet", None, None, source) if Path(source).is_file() else (name, configuration or None)
+        parts = datasets.load_dataset(*how, streaming=True)
+        chosen = self.where.pop("split", [*parts])
+        require({*chosen} <= {*parts} and len(chosen) == 1, f"{source} has 'split' with {[*parts]}: say which, where={{'split': ...}}")
+        return parts[chosen[0]].decode(False)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.tars) or self.rows.num_shards
 
     def seek(self, position: Position) -> None:
         """Go to a place, from where one pass can be read at most."""
         self.position, self._reading = position, self._walk(*position)
 
-    def take(self, most: int) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
+    def take(self, most: int, folder: Path) -> tuple[pa.Table, list[tuple[int, str, str]], Position]:
         """The next samples that fit ``where``, at most so many; none at the end.
+
+        Args:
+            folder: where images go that are not in tars, to the end of a file.
 
         Returns:
             A table of texts: "filepath", "title", a column for each field of ``.json``, "_row" (in its shard) and "_at", the
             image's place; what cannot be read: row, path, reason; the position after them.
         """
-        rows, bad = [], []
+        rows, bad, places, image = [], [], {}, self.about["columns"][0]
         for position, fields, fault in self._reading:
             self.position = position
             if fault:
                 bad.append((position[-1], fields["filepath"], fault))
             elif all(fields.get(name) in values for name, values in self.where.items()):
+                if not self.tars:
+                    path = fields[image]
+                    places[path] = fields["_at"] = places.get(path) or _append(folder / IMAGES, fields["_at"])
                 rows.append(fields | {"_row": position[-1]})
             if len(rows) == most:
                 break
@@ -213,9 +244,21 @@ class Shards:
         limit = past + 1 + (shard > 0 or row > 0)
         while past < limit:
             order = range(len(self)) if self.seed is None else numpy_generator(self.seed, "pass", past).permutation(len(self))
-            for number, sample in enumerate(islice(_samples(self.files[order[shard]]), row, None), row + 1):
+            samples = _members(self.tars[order[shard]]) if self.tars else self._copied(int(order[shard]))
+            for number, sample in enumerate(islice(samples, row, None), row + 1):
                 yield (past, shard, number), *sample
             past, shard, row = past + (shard + 1) // len(self), (shard + 1) % len(self), 0
+
+    def _copied(self, shard: int) -> Iterator[tuple[dict[str, Any], str]]:
+        image, caption = self.about["columns"]
+        for number, row in enumerate(self.rows.shard(len(self), shard)):
+            for name in (image, caption):
+                require_known(name, row, f"{self.about['source']} has no column {name!r}")
+            found, captions = row[image], row[caption]
+            data = (found["bytes"] if isinstance(found, dict) else found) or b""
+            fields = {name: str(value) for name, value in row.items() if not isinstance(value, dict | bytes)}
+            for text in captions if isinstance(captions, list) else [captions]:
+                yield fields | {image: f"{shard}/{number}", caption: "" if text is None else str(text), "_at": data}, ""
 
 
 def prepare(
@@ -235,8 +278,8 @@ def prepare(
     wrong number of fields are listed in ``bad_rows.jsonl`` and left out. Every distinct image is decoded once.
 
     Args:
-        table: TSV, CSV or Parquet file; a folder of WebDataset shards, whose images are read where
-            they lie; or a folder made by this function (then returned as it is).
+        table: TSV, CSV or Parquet file of paths and captions; what :class:`Shards` takes, whose images are read where they
+            lie in tars and else copied once, still compressed; or a folder made by this function (then returned as it is).
         out: folder to write; one that is there and was made from the same table with the same arguments is reused.
         image_root: folder or ``.tar`` of the images; empty takes the table's folder.
         where: column to value (or list of values); other rows are left out before anything is counted.
@@ -253,18 +296,18 @@ def prepare(
         require(not where and not dataset_size, f"{table} is prepared already: to choose other rows, name the table it came from")
         return Pairs(path)
     shards = Shards(str(table), columns, where)
-    if not shards and (path.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not path.is_file()):
-        raise FileNotFoundError(f"{path.absolute()} is no table (.tsv, .csv, .parquet), folder of shards or of 01_prepare_data")
+    if not shards.files and (path.suffix.lower() not in (".tsv", ".csv", ".txt", ".parquet") or not path.is_file()):
+        raise FileNotFoundError(f"{path.absolute()} is no table (.tsv, .csv, .parquet), hf://datasets/NAME or folder of shards")
     root = Path(image_root or path.parent).absolute()
-    if not shards and not root.exists():
+    if not shards.files and not root.exists():
         raise FileNotFoundError(f"there is no image_root {root}: name the folder or tar that the paths in {table} start from")
-    about = shards.about if shards else {"source": str(table), "root": str(root), "columns": columns, "where": where}
-    changed = [file.stat().st_mtime_ns for file in (shards.files if shards else (path, root))]
+    about = shards.about if shards.files else {"source": str(table), "root": str(root), "columns": columns, "where": where}
+    changed = [file.stat().st_mtime_ns for file in shards.files or (path, root) if file.exists()]
     about |= {"rows": [dataset_size, max_bad_share], "start": (0, 0, 0), "changed": changed, "form": 3}
     about = json.loads(json.dumps(about, default=str))  # to compare
     if (out / "pairs.json").exists() and about.items() <= json.loads((out / "pairs.json").read_text()).items():
         return Pairs(out)
-    if shards:
+    if shards.files:
         shards.seek(about["start"])
         return hold(out, about, shards.take)
 
@@ -278,25 +321,25 @@ def prepare(
     found = [places.get(name, NO_PLACE) for name in _column(rows, image_column, table).to_pylist()]
     rows = rows.append_column("_at", pa.array(found, pa.string()))
     whole = iter([(rows, unread, None)])
-    return hold(out, about, lambda most: next(whole, (NOTHING, [], None)))
+    return hold(out, about, lambda most, _: next(whole, (NOTHING, [], None)))
 
 
-def hold(out: Path, about: dict[str, Any], take: Callable[[int], tuple[pa.Table, list, Any]]) -> Pairs:
+def hold(out: Path, about: dict[str, Any], take: Callable[[int, Path], tuple[pa.Table, list, Any]]) -> Pairs:
     """Check samples of a source and hold the usable ones in Arrow.
 
     Args:
         out: folder to write; what is there goes.
-        about: for ``pairs.json``: "source"; "root" of the images; "columns" of image paths and captions;
+        about: for ``pairs.json``: "source"; "root" of the images, as seen from ``out``; "columns" of image paths and captions;
             "where"; "rows", how many to hold (None: all) and the share that may be bad; whatever else is to be known. To
             this comes "next", the position after them.
         take: gives the next so many, as `Shards` does; nothing at the end.
     """
-    source, root, columns, where, (most, share) = about["source"], Path(about["root"]), about["columns"], about["where"], about["rows"]
+    source, root, columns, where, (most, share) = about["source"], out / about["root"], about["columns"], about["where"], about["rows"]
     remove(out)
     out.mkdir(parents=True)
     kept, bad, missing = [], [], most or 2**62
     while missing > 0:
-        rows, unread, position = take(min(missing, 2**16))  # so that what is read before it is checked stays small
+        rows, unread, position = take(min(missing, 2**14), out)  # so that what is read before it is checked stays small
         if not len(rows) and not unread:
             break
         splits = rows["split"].unique().to_pylist() if "split" in rows.column_names else []
@@ -304,7 +347,7 @@ def hold(out: Path, about: dict[str, Any], take: Callable[[int], tuple[pa.Table,
         paths, captions = (_column(rows, name, source).fill_null("").to_pylist() for name in columns)
         images = dict(zip(paths, rows["_at"].to_pylist(), strict=True))
         # Pillow decodes outside the interpreter lock, so threads are enough.
-        faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2, delay=2)
+        faults = thread_map(partial(_fault, root), images.items(), desc="checking images", mininterval=2, delay=2, leave=False)
         faults = dict(zip(images, faults, strict=True))
         reasons = [faults[p] or ("" if c.strip() else "empty caption") for p, c in zip(paths, captions, strict=True)]
         bad += [*unread, *(entry for entry in zip(rows["_row"].to_pylist(), paths, reasons, strict=True) if entry[-1])]
@@ -352,12 +395,12 @@ class Stream:
         starts: where in the stream the present episode begins, and the next, by number: for checkpoints.
 
     Raises:
-        ValueError: the table is no folder of shards.
+        ValueError: the table is nothing that :class:`Shards` takes.
     """
 
     def __init__(self, config: TrainConfig, run: Path) -> None:
         self.shards = Shards(config.table, (config.image_column, config.caption_column), config.where, config.seed)
-        require(self.shards, f"{config.table} is no folder of shards (.tar): stream = False reads it")
+        require(self.shards.files, f"{config.table} is neither shards nor a data set of the hub: stream = False reads it")
         self.run, self.about = run, self.shards.about | {"rows": [config.episode_size, config.max_bad_share]}
         self.starts = {"1": [0, 0, 0], "shards": len(self.shards)}
 
@@ -389,8 +432,20 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _samples(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Fields of each sample of a shard, and what is wrong with it."""
+def _append(file: Path, image: bytes) -> str:
+    """Put an image at the end of a file; its place there."""
+    with writing(file), file.open("ab") as stream:
+        return f"{file.name}/{stream.tell()}/{stream.write(image)}"
+
+
+def _holds(file: Path, column: str) -> bool:
+    """Whether a column of a Parquet file holds images, not their paths."""
+    schema = parquet.read_schema(file) if file.suffix.lower() == ".parquet" and file.is_file() else pa.schema([])
+    return column in schema.names and "binary" in str(schema.field(column).type)
+
+
+def _members(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Fields of each sample of a tar, and what is wrong with it."""
     samples: dict[str, dict] = defaultdict(dict)
     for name, place in index_tar(shard, shard.name).items():
         key = re.sub(r"\.[^/]*$", "", name)
@@ -399,15 +454,19 @@ def _samples(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for key, parts in samples.items():
             kind = next((kind for kind in parts if f".{kind.lower()}" in Image.registered_extensions()), "")
             fields, fault = {"title": ""}, ""
-            for member in sorted({"txt", "json"} & parts.keys()):  # .txt last
+            for member in sorted(kind for kind in parts if kind in ("json", "txt") or kind.endswith("npy")):  # .txt after .json
                 start, size = map(int, parts[member].split("/")[1:])
-                data = whole[start : start + size].decode(errors="replace")
+                data = whole[start : start + size]
                 try:
-                    told = {"title": data} if member == "txt" else json.loads(data)
+                    if member.endswith("npy"):
+                        told = {member: np.lib.format.read_array(BytesIO(data), allow_pickle=False).tolist()}
+                    else:
+                        text = data.decode(errors="replace")
+                        told = {"title": text} if member == "txt" else json.loads(text)
                     # JSON may hold halves of surrogate pairs, which are no text.
                     fields |= {name: "" if v is None else str(v).encode(errors="replace").decode() for name, v in told.items()}
                 except (ValueError, AttributeError) as error:
-                    fault = f"unreadable .json: {error}"
+                    fault = f"unreadable .{member}: {error}"
             yield fields | {"filepath": f"{shard.name}/{key}.{kind}", "_at": parts.get(kind, NO_PLACE)}, fault
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from protoclip_lab.data.collect import collect, export
+from protoclip_lab.data.collect import collect
 from protoclip_lab.data.pairs import prepare
 
 pytest.importorskip("img2dataset", reason="pip install 'protoclip_lab[collect]' to test it")
@@ -98,47 +98,3 @@ def test_a_list_without_urls_is_refused(text, tmp_path):
     (tmp_path / "list.tsv").write_text(text)
     with pytest.raises(ValueError, match=r"list\.tsv has no columns 'url' and 'caption'; its first row is \["):
         collect(tmp_path / "list.tsv", tmp_path / "out")
-
-
-# --- data sets of the hub
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A data set as the hub holds it: Parquet files of two splits; a row without an image, one with two captions."""
-    for split, numbers in (("train", range(5)), ("test", (9,))):
-        images = [None if i == 3 else {"bytes": jpeg(i), "path": None} for i in numbers]
-        captions = [[f"caption {i}", f"again {i}"] if i == 1 else [f"caption {i}"] for i in numbers]
-        (tmp_path / "set" / "data").mkdir(parents=True, exist_ok=True)
-        table = pd.DataFrame({"image": images, "text": captions, "mask": [{"bytes": b"broken", "path": None}] * len(images)})
-        table.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
-    return tmp_path / "set"
-
-
-def test_a_data_set_of_the_hub_becomes_shards_that_01_takes(hub, tmp_path):
-    assert export(str(hub), tmp_path / "out")["success"] == 6
-    pairs = prepare(tmp_path / "out" / "shards", tmp_path / "prepared", max_bad_share=0.5)
-    assert pairs.captions == ["caption 0", "caption 1", "again 1", "caption 2", "caption 4"]
-    assert pairs.bad_rows == 1
-    for row, number in enumerate((0, 1, 1, 2, 4)):
-        np.testing.assert_array_equal(np.asarray(pairs.image(row)), np.asarray(Image.open(io.BytesIO(jpeg(number)))))
-
-
-def test_the_command_line_asks_the_hub_by_name(hub, tmp_path, monkeypatch, capsys):
-    import datasets
-
-    from protoclip_lab import __main__
-
-    asked, load = [], datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append(name) or load(str(hub), **options))
-    out = str(tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["protoclip_lab", "collect", "hf://datasets/nobody/things", out, "-p", "split=test"])
-    __main__.main()
-    assert asked == ["nobody/things"] and "success    1" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out" / "shards").iterdir()] == ["00000.tar"]
-
-
-@pytest.mark.parametrize("wrong", [{"split": "trian"}, {"image_column": "imag"}, {"caption_column": "txt"}])
-def test_a_split_or_column_that_is_not_there_is_named(wrong, hub, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
-        export(str(hub), tmp_path / "out", **wrong)

@@ -143,7 +143,7 @@ def test_an_episode_that_was_being_removed_is_fetched_again(tars, tmp_path):
 def test_an_episode_larger_than_a_pass_and_a_table_of_paths_are_refused(tars, tmp_path):
     with pytest.raises(ValueError, match="has 60 usable pairs: lower episode_size"):
         stream(tars, tmp_path, episode_size=61).open(1)
-    with pytest.raises(ValueError, match=r"table\.tsv is no folder of shards.*stream = False"):
+    with pytest.raises(ValueError, match=r"table\.tsv is neither shards nor a data set of the hub: stream = False"):
         stream(tmp_path / "table.tsv", tmp_path)
 
 

@@ -180,6 +180,17 @@ def test_torchrun_and_accelerate_start_it_and_torchrun_restarts_what_died(launch
     assert_close_to_one(table, tmp_path, settings)
 
 
+def test_two_machines_learn_what_one_process_learns(table, tmp_path, script):
+    # Two launchers that find each other by an address, as on two machines that share a disk.
+    settings = toy_settings(table, tmp_path / "run", **PLAIN, kmeans_share_above=0)
+    address = f"--rdzv-endpoint=127.0.0.1:{get_free_port()}"
+    options = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", address, "--local-addr=127.0.0.1", "-m"]
+    machines = [script(settings, "torch.distributed.run", *options) for _ in range(2)]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert_close_to_one(table, tmp_path, settings)
+
+
 def assert_close_to_one(table, tmp_path, settings):
     train(settings | {"run": str(tmp_path / "one")})
     # A hundred steps of Adam let rounding grow.

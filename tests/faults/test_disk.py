@@ -9,8 +9,11 @@ import json
 import subprocess
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import yaml
+from helpers import encoded
 
 from faults.children import ALL, assert_same, command, together
 from protoclip_lab import teachers
@@ -42,6 +45,20 @@ def test_a_training_stops_and_goes_on_once_there_is_room(what, settings, unbroke
     assert Run(run).latest.name == "episode_0001" and not Run(run).finished
     assert together(config) == [0]
     assert_same(run, unbroken)
+
+
+def test_the_images_of_a_stream(settings, tmp_path):
+    rows = {"image": [encoded(i) for i in range(60)], "text": [f"caption {i}" for i in range(60)]}
+    pa.parquet.write_table(pa.table(rows), tmp_path / "pairs.parquet")
+    columns = {"image_column": "image", "caption_column": "text", "image_root": "", "where": {}}
+    run, own = tmp_path / "run", {"table": str(tmp_path / "pairs.parquet"), "stream": True, **columns}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings(run) | own))
+    status, said = command("train", tmp_path / "train.yaml", full=("protoclip_lab.data.pairs", "_append", 70, 1000))
+    refused(status, said, run / "stream" / "000002" / "images")
+    assert Run(run).latest.name == "episode_0001" and not Run(run).finished
+    assert together(settings(run) | own) == [0]
+    assert together(settings(tmp_path / "whole") | own) == [0]
+    assert_same(run, tmp_path / "whole")
 
 
 def test_the_first_files_of_a_run(settings, tmp_path):

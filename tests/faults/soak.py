@@ -1,5 +1,7 @@
 """A training of the demo's size that goes on for half an hour: ``python -m tests.faults.soak [MINUTES] [setting=value ...]``.
 
+``stream=True`` streams the same pairs from Parquet files.
+
 Every few seconds its memory and its file handles, its readers' too, are counted. Prints both by sixths of the time; exit status 1
 where the last third holds over a twentieth more memory than the third before it, or any more handles.
 """
@@ -16,9 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import yaml
+from pyarrow import parquet
 
 from protoclip_lab import teachers
+from protoclip_lab.data.pairs import Pairs
 
 SECONDS = 5
 RECIPE = Path(__file__).parents[2] / "notebooks" / "recipes" / "demo.yaml"
@@ -33,6 +38,18 @@ def settings(folder: Path) -> dict[str, Any]:
     watching = {"evaluate_every": 2, "evaluation_sets": [held_out | {"name": "shapes"}]}
     taught = {"teachers": [{"features": str(features), "name": "minilm"}], "table": str(pairs.folder), "draw_every": 2}
     return demo["common"] | demo["arms"]["protoclip"] | watching | taught | {"episodes": 10_000, "run": str(folder / "run")}
+
+
+def streamed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The same pairs with their images and the teacher's vectors in Parquet files, to be streamed."""
+    pairs, features = Pairs(given["table"]), np.load(given["teachers"][0]["features"], allow_pickle=False)
+    images = [(pairs.root / name).read_bytes() for name in pairs.column("filepath")]
+    (folder / "parts").mkdir()
+    for number, rows in enumerate(np.array_split(np.arange(len(pairs)), 7)):
+        part = {"image": [images[row] for row in rows], "text": [pairs.caption(row) for row in rows], "vector": [*features[rows]]}
+        parquet.write_table(pa.table(part), folder / "parts" / f"{number:05d}.parquet")
+    columns = {"image_column": "image", "caption_column": "text", "teachers": [{"features": "vector"}]}
+    return {"table": str(folder / "parts"), "episode_size": 1000, **columns}
 
 
 def _train(given: dict[str, Any]) -> None:
@@ -52,7 +69,8 @@ def _held(process: psutil.Process) -> dict[str, float]:
 def main(minutes: float = 30, **changes: Any) -> int:
     """Soak for so long; 0 where nothing grew."""
     with tempfile.TemporaryDirectory() as folder:
-        given = settings(Path(folder)) | changes
+        given = settings(Path(folder))
+        given |= (streamed(Path(folder), given) if changes.get("stream") else {}) | changes
         child = multiprocessing.get_context("spawn").Process(target=_train, args=(given,))
         child.start()
         rows, begin = [], time.monotonic()

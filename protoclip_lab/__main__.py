@@ -4,8 +4,7 @@ run RECIPE           execute a recipe of notebooks: a name in notebooks/recipes,
                      finished steps are kept, unfinished ones continued
 train CONFIG         train one run by settings of TrainConfig in YAML or JSON; an unfinished one is resumed
 evaluate CHECKPOINT  evaluate a run, a checkpoint folder, open_clip:NAME/TAG, or a .pt file of the ProtoCLIP authors
-collect URLS OUT     download a list of captions and URLs into shards, or copy hf://datasets/NAME or a folder of Parquet
-                     files with images into them, see protoclip_lab.data.collect
+collect URLS OUT     download a list of captions and URLs into shards, see protoclip_lab.data.collect
 watch RUN            evaluate each checkpoint of a run as it appears, until the run is finished
 
 -p gives a setting and may be repeated: a recipe's own parameters to run, episodes=2 to train, draws=200 to evaluate and watch.

@@ -10,9 +10,11 @@ from protoclip_lab.config import require
 
 # Logits held at once: 2**21 floats are 8 MiB, which still lie in a CPU's cache between the passes over them.
 BLOCK_ELEMENTS = 2**21
+# Which clusters take part, (K,) bool; None lets all.
+Mask = Tensor | None
 
 
-def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Tensor:
+def prototype_loss(features: Tensor, centroids: Tensor, targets: Tensor, scale: Tensor, *, occupied: Mask = None) -> Tensor:
     """Cross-entropy of student features against soft prototype targets, in its contracted form.
 
     ``L = mean(logsumexp_k(s h·C_k) − s h·M[y])``. It equals the cross-entropy with the soft target
@@ -49,7 +51,7 @@ class _LogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, centroids: Tensor, scale: Tensor, occupied: Tensor | None) -> Tensor:
+    def forward(ctx: Any, features: Tensor, centroids: Tensor, scale: Tensor, occupied: Mask) -> Tensor:
         sums, means = [], []
         for block in features.split(max(1, BLOCK_ELEMENTS // len(centroids))):
             logits = masked((scale * block) @ centroids.T, occupied)
@@ -70,14 +72,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def prototype_loss_reference(
-    features: Tensor,
-    centroids: Tensor,
-    teacher_centroids: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    temperature: float,
-    *,
-    occupied: Tensor | None = None,
+    features: Tensor, centroids: Tensor, teacher_centroids: Tensor, labels: Tensor, scale: Tensor, temperature, *, occupied: Mask = None
 ) -> Tensor:
     """The prototype loss as the paper writes it: slow, and what the fast form is tested against.
 
@@ -89,7 +84,7 @@ def prototype_loss_reference(
         teacher_centroids: T, (K, d_teacher).
         labels: y, the teacher's cluster of each sample, (B,) int64; must be occupied clusters.
         scale: s, the inverse temperature, a scalar tensor or a number.
-        temperature: τ of the teacher's softmax.
+        temperature: τ of the teacher's softmax, a number.
         occupied: (K,) bool; the other clusters leave both softmaxes.
 
     Source: ProtoCLIP (arXiv 2206.10996), eq. 5 and 6.
@@ -103,7 +98,7 @@ def prototype_loss_reference(
 
 
 @torch.no_grad()
-def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperature: float, *, occupied: Tensor | None = None) -> Tensor:
+def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperature: float, *, occupied: Mask = None) -> Tensor:
     """Mean student prototype under the teacher's soft assignment, one row per cluster.
 
     ``M = softmax(T Tᵀ / τ) C``. A soft target depends on a sample only through its label, so a training
@@ -127,6 +122,6 @@ def expected_prototypes(teacher_centroids: Tensor, centroids: Tensor, temperatur
     return torch.cat([F.softmax(masked(block @ teacher_centroids.T / temperature, occupied), dim=1) @ centroids for block in blocks])
 
 
-def masked(logits: Tensor, occupied: Tensor | None) -> Tensor:
+def masked(logits: Tensor, occupied: Mask) -> Tensor:
     """Logits (..., K) with -inf, in place, for clusters that are not ``occupied``; None masks nothing."""
     return logits if occupied is None else logits.masked_fill_(~occupied, -torch.inf)

@@ -75,7 +75,6 @@ def embed(features: np.ndarray, *, method: str = "umap", seed: int = 0, like: np
     Raises:
         ValueError: unknown method, or fewer than four rows.
     """
-    features = np.asarray(features, dtype=np.float32)
     require(method in METHODS, f"method {method!r}: it is one of {', '.join(METHODS)}")
     require(len(features) >= 4, f"a map needs at least 4 points, got {len(features)}")
     from scipy.spatial import procrustes

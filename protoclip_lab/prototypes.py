@@ -1,8 +1,8 @@
 """An episode's prototypes: who teaches whom, with which labels, centroids and targets."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,9 +56,7 @@ class Prototypes:
         return (losses.masked(features @ self.centroids.T, self.occupied).argmax(dim=1) == labels).float().mean()
 
 
-def construct(
-    features: dict[str, Tensor], config: TrainConfig, seed: int, init: Mapping[str, Tensor]
-) -> tuple[list[Prototypes], dict[str, clustering.Clusters]]:
+def construct(features: dict[str, Tensor], config: TrainConfig, seed: int, init: dict[str, Tensor]) -> tuple[list[Prototypes], dict]:
     """Cluster each teacher's features and carry the clusters into the space of each student it teaches.
 
     Internal teachers ("image", "text") teach the other tower; external ones teach both.
@@ -73,11 +71,10 @@ def construct(
         init: centroids to begin from, by the name of the clusters that they become.
 
     Returns:
-        One record for each direction and k, and the clusters by ``f"{teacher}_{k}"``.
+        One record for each direction and k, and the :class:`~protoclip_lab.clustering.Clusters` by ``f"{teacher}_{k}"``.
     """
     records, clusters = [], {}
-    names = ("iterations", "restarts", "engine", "tolerance", "balanced", "share_above")
-    how = {name: getattr(config, f"kmeans_{name}") for name in names}
+    how = {name: getattr(config, f"kmeans_{name}") for name in "iterations restarts engine tolerance balanced share_above".split()}
     for teacher in config.every_teacher():
         for k in teacher.k:
             name = f"{teacher.name}_{k}"
@@ -92,13 +89,14 @@ def construct(
     return records, clusters
 
 
-def of_modality(records: Sequence[Prototypes], modality: str) -> Tensor | None:
-    """The prototypes that live among one modality's features h, (K, d), None where there are none.
+def among(records: Sequence[Prototypes], name: str) -> Prototypes | None:
+    """The prototypes that live among one teacher's or student's features, as its ``teacher_centroids``; None where none do.
 
-    The modality's own clusters where it is a teacher; else those of the first teacher that teaches it.
+    Its own clusters where it is a teacher; else those of the first teacher that teaches it. Labels are found on the fly.
     """
-    own = [record.teacher_centroids for record in records if record.teacher == modality]
-    return next(iter(own + [record.centroids for record in records if record.student == modality]), None)
+    own = [replace(record, carried=True) for record in records if record.teacher == name]
+    taught = [replace(record, teacher_centroids=record.centroids, carried=True) for record in records if record.student == name]
+    return next(iter(own + taught), None)
 
 
 def save(records: Sequence[Prototypes], folder: Path) -> None:

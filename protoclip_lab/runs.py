@@ -87,11 +87,7 @@ class Run:
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint whose files match their checksums; damaged ones are passed over with a warning."""
-        for folder in reversed(self.checkpoints()):
-            if not (damaged := damaged_files(folder)):
-                return folder
-            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): taking the one before", folder, ", ".join(damaged))
-        return None
+        return next((folder for folder in reversed(self.checkpoints()) if not damaged_files(folder)), None)
 
     def checkpoint(self, path: str | Path = "") -> Path:
         """The checkpoint at ``path``, by default the latest.
@@ -166,12 +162,15 @@ def pairs_of(run: Run) -> pairs.Pairs:
 
 
 def damaged_files(folder: Path) -> list[str]:
-    """Files of a checkpoint that are missing or differ from their checksum."""
+    """Files of a checkpoint that are missing or differ from their checksum; a warning is logged that names them."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text("utf-8"))
     except ValueError:
-        return [CHECKSUMS]
-    return [name for name, wanted in sums.items() if not (folder / name).exists() or _sha256(folder / name) != wanted]
+        sums = {CHECKSUMS: "itself"}
+    damaged = [name for name, wanted in sums.items() if not (folder / name).exists() or _sha256(folder / name) != wanted]
+    if damaged:
+        logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): it is passed over", folder, ", ".join(damaged))
+    return damaged
 
 
 HEADLINES = ["zero_shot_top1", "linear_probe_accuracy", "retrieval_mean_recall", "gap", "grouping_AMI"]
@@ -245,8 +244,7 @@ def keep(figure: Any, output: str | Path, name: str) -> Any:
 
 
 def _evaluations(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=[*KEYS, "value", "low", "high"])
-    return table.astype({"value": float, "low": float, "high": float})
+    return pd.DataFrame(rows, columns=[*KEYS, "value", "low", "high"]).astype({"value": float, "low": float, "high": float})
 
 
 def _rewrite(path: Path, change: Callable[[list[dict]], Iterable[dict]]) -> Iterable[dict]:

@@ -68,11 +68,6 @@ class Snapshot:
             known[checkpoint.name] = replace(self, checkpoint=checkpoint, features=_encode(checkpoint, self.pairs, self.rows))
         return {re.sub(r"_0*(?=\d)|_", " ", name): then for name, then in sorted(known.items())}
 
-    def _record(self, of: str) -> prototypes.Prototypes | None:
-        """The record of a teacher's prototypes, or of the first that are taught to a modality."""
-        fitting = [record for record in self.records if of in (record.teacher, record.student)]
-        return min(fitting, key=lambda record: record.teacher != of, default=None)
-
     @lru_cache(8)  # noqa: B019
     def prototypes(self, of: str = "image") -> tuple[np.ndarray, Tensor, Tensor]:
         """Each sample's prototype, the prototypes and the features they live among.
@@ -91,10 +86,9 @@ class Snapshot:
         else:
             stored = next(teacher.features for teacher in self.run.config.every_teacher() if teacher.name == of)
             features = torch.from_numpy(teachers.of(stored, self.pairs)[self.rows])
-        if record := self._record(of):
-            centroids = record.teacher_centroids if record.teacher == of else record.centroids
+        if record := prototypes.among(self.records, of):
             # The nearest occupied one: the place of an empty cluster means nothing.
-            labels = replace(record, teacher_centroids=centroids).labels_of(slice(None), features)
+            labels, centroids = record.labels_of(slice(None), features), record.teacher_centroids
         else:
             labels, centroids, *_ = clustering.kmeans(features, max(1, len(self.rows) // MEMBERS), restarts=3, seed=self.seed)
         return labels.numpy(), centroids, features
@@ -187,7 +181,7 @@ class Snapshot:
         labels, how = self.groupings()[by], self._look | {"title": f"Images through training, coloured by {by}"}
         return plots.cluster_map({name: (xy, labels) for name, xy in maps.items()}, **how), plots.moving_map(maps, labels, **how)
 
-    def sheet(self, prototypes: int = 6, nearest: int = 4, modality: str = "image") -> plots.Figure:
+    def sheet(self, count: int = 6, nearest: int = 4, modality: str = "image") -> plots.Figure:
         """Some prototypes, drawn at random among those with enough members: nearest samples, words, size, purity, twin.
 
         The twin is the prototype back-translated into the other modality: there stand the samples nearest to it.
@@ -195,11 +189,11 @@ class Snapshot:
         (assigned, centroids, features), names = self.prototypes(modality), self.names(modality)
         sizes, nearest = np.bincount(assigned, minlength=len(centroids)), min(nearest, 2) if self.paper else nearest
         nearest = min(nearest, sizes.max())
-        record, other = self._record(modality), {"image": "text", "text": "image"}[modality]
-        twin = next((r.centroids for r in self.records if (r.teacher, r.student) == (record.teacher, other)), None)
+        own, other = prototypes.among(self.records, modality), {"image": "text", "text": "image"}[modality]
+        twin = next((r.centroids for r in self.records if (r.teacher, r.student) == (own.teacher, other)), None)
         headings = {f"nearest {modality}s": 0} | ({} if twin is None else {f"{other}s nearest to its twin": nearest})
         rows = []
-        for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(np.flatnonzero(sizes >= nearest))[:prototypes]:
+        for chosen in randomness.numpy_generator(self.seed, "sheet").permutation(np.flatnonzero(sizes >= nearest))[:count]:
             members = np.flatnonzero(assigned == chosen)
             shown = [*members[by_distance(features[members], centroids[chosen])][:nearest]]
             if twin is not None:
@@ -243,8 +237,7 @@ def open_snapshot(run: str | Path, *, checkpoint: str | Path = "", samples: int 
         FileNotFoundError: no such run, or it has no checkpoint yet.
     """
     run = runs.Run(run)
-    checkpoint = run.checkpoint(checkpoint)
-    pairs = runs.pairs_of(run)
+    checkpoint, pairs = run.checkpoint(checkpoint), runs.pairs_of(run)
     order = randomness.numpy_generator(seed, "snapshot").permutation(len(pairs))
     for label in look.get("labels", ())[:1]:
         order = order[pd.Categorical(pairs.column(label)).codes[order].argsort(kind="stable")]

@@ -81,8 +81,6 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
 def _share_out(config: TrainConfig, after_row: Callable[[Run], Any] | None) -> Run:
     """Train in ``config.processes`` processes of this machine; the first that fails takes the others down."""
     run = Run.create(config)
-    if run.finished:
-        return run
     started = multiprocessing.start_processes(_one_of_many, (config, utils.other.get_free_port()), config.processes, join=False)
     with tqdm(total=config.episodes, desc=f"{run.path.name}, {config.processes} processes", unit="episode") as bar:
         try:
@@ -342,9 +340,8 @@ class _Trainer:
 
     def _learn(self, episode: int, teaching: bool) -> None:
         self.model.train()
-        visual = self.bare.clip.visual
         # Locked means locked: BatchNorm statistics too.
-        visual.train(any(p.requires_grad for p in visual.parameters()))
+        self.bare.clip.visual.train(any(parameter.requires_grad for parameter in self.bare.clip.visual.parameters()))
         # Of each forward pass of a step, the process's own part.
         shape = self.steps, self.config.accumulation, self.processes, -1
         own = np.arange(self.steps * self.width).reshape(shape)[:, :, self.rank].reshape(self.steps, -1)[self.step % self.steps :]
@@ -475,13 +472,12 @@ class _Trainer:
                 gradient.copy_(values.view_as(gradient))
 
     def _record(self, row: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        self.run.append("metrics.jsonl", row)
-        prefix = "episode/" if row["kind"] == "episode" else ""
-        self.accelerator.log({prefix + key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
-        if self.after_row:
-            self.after_row(self.run)
+        if self.main:
+            self.run.append("metrics.jsonl", row)
+            prefix = "episode/" if row["kind"] == "episode" else ""
+            self.accelerator.log({prefix + key: value for key, value in row.items() if key not in ("kind", "step")}, step=row["step"])
+            if self.after_row:
+                self.after_row(self.run)
 
     def _set_learning_rates(self, step: int) -> dict[str, float]:
         config = self.config

@@ -224,7 +224,7 @@ def test_sheet_shows_the_nearest_members_their_purity_and_what_is_nearest_to_the
     drawn = {}
     monkeypatch.setattr(plots, "prototype_sheet", lambda *given, **options: drawn.update(given=given, **options))
     seen.records.reverse()  # the twin is the same teacher's, wherever it stands
-    seen.sheet(prototypes=2, nearest=3)
+    seen.sheet(count=2, nearest=3)
     assert drawn["headings"] == {"nearest images": 0, "texts nearest to its twin": 3}
     record = next(record for record in seen.records if record.teacher == "image")
     labels, centroids, features = seen.prototypes()

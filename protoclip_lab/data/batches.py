@@ -185,9 +185,8 @@ class Reader:
         options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory, "worker_init_fn": _deaf}
         # The sampler is the plan of a reading, filled in by `read`: a new loader would start the workers anew.
         # With a generator, or the loader would draw its workers' base seed from the global one.
-        self._loader = torch.utils.data.DataLoader(
-            batches, sampler=[], batch_size=None, generator=torch_generator(batches.seed, "workers"), **options
-        )
+        own = torch_generator(batches.seed, "workers")
+        self._loader = torch.utils.data.DataLoader(batches, None, sampler=[], generator=own, **options)
 
     def read(self, rows: Sequence[np.ndarray], *, transform: str, purpose: str, episode: int) -> Iterator[Sequence[Tensor]]:
         """The batches of these rows, in order; one reading at a time."""

@@ -105,7 +105,7 @@ def from_classes(path: str | Path, classes: Classes | None = None) -> Labelled:
     Labels follow the sorted folder names; files of other kinds, in no class folder or hidden are passed over.
 
     Args:
-        classes: class names for prompts, in the order of the sorted folders: see :func:`class_names`. None takes the
+        classes: class names for prompts, in the order of the sorted folders: see :func:`listed`. None takes the
             folder names, underscores as spaces.
 
     Raises:
@@ -210,10 +210,10 @@ def _torchvision(found: list[Path], part: str, classes: Classes | None) -> tuple
     root = found[0].parents[above].resolve()
     data = reader(str(root), split=part)
     if kind == "STL10":
-        return _array(data.data, sorted(found[0].glob(f"{part}_*.bin")), part), data.labels.tolist(), class_names(classes)
+        return _array(data.data, sorted(found[0].glob(f"{part}_*.bin")), part), data.labels.tolist(), listed("classes", classes)
     samples = list(zip(data._image_files, data._labels, strict=True)) if kind == "Flowers102" else data._samples
     names = {str(Path(file).relative_to(root)): NO_PLACE for file, _ in samples}
-    return _files(root, names), [int(label) for _, label in samples], class_names(classes or data.classes)
+    return _files(root, names), [int(label) for _, label in samples], listed("classes", classes or data.classes)
 
 
 def _cifar(found: list[Path], part: str, classes: Classes) -> tuple[Images, list[int], list[str]]:
@@ -227,7 +227,7 @@ def _cifar(found: list[Path], part: str, classes: Classes) -> tuple[Images, list
                 pixels += key if len(key) >= 3 * 32 * 32 else b""
             elif key in (b"labels", b"fine_labels") and operation.name.startswith("BININT"):
                 labels.append(value)
-    return _array(np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), found, part), labels, class_names(classes)
+    return _array(np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), found, part), labels, listed("classes", classes)
 
 
 def _labelled(where: str, values: list[str], classes: Classes | None, images: Images) -> Labelled:
@@ -235,7 +235,7 @@ def _labelled(where: str, values: list[str], classes: Classes | None, images: Im
     found = sorted(set(values), key=int if all(value.isdigit() for value in values) else None)
     position = {value: index for index, value in enumerate(found)}
     labels = np.array([position[value] for value in values], dtype=np.int64)
-    names = [_words(value) for value in found] if classes is None else class_names(classes)
+    names = [_words(value) for value in found] if classes is None else listed("classes", classes)
     # The names must be those of the sorted classes: a list shifted by one would pass unseen.
     require(len(names) == len(found), f"{len(names)} class names are given for the {len(found)} classes of {where}: {found[:10]}")
     for index, (given, value) in enumerate(zip(names, found, strict=True)):
@@ -252,25 +252,14 @@ def _words(folder: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) if re.fullmatch(r"([A-Z][a-z]*){2,}", name) else name
 
 
-def class_names(classes: Classes) -> list[str]:
-    """Names themselves, or those of a set that clip_benchmark knows ("flowers", …); ValueError names the nearest."""
-    return _listed("classes", classes, "en_classnames.json")
-
-
-def templates(templates: Classes) -> list[str]:
-    """Templates themselves, or those of a known set ("cifar10", "imagenet1k", …).
+def listed(what: str, given: Classes) -> list[str]:
+    """A list as given, or that of a set that clip_benchmark knows: its "classes" or "templates".
 
     Raises:
-        ValueError: no known set (the nearest is named), or a template without ``{}``.
+        ValueError: no known set; the nearest is named.
     """
-    found = _listed("templates", templates, "en_zeroshot_classification_templates.json")
-    require(found and all("{}" in template for template in found), f"templates {found}: one at least, each with {{}} for the class")
-    return found
-
-
-def _listed(what: str, given: Classes, file: str) -> list[str]:
-    """A list as given, or known by name to ``file`` of clip_benchmark."""
     if isinstance(given, str):
+        file = {"classes": "en_classnames.json", "templates": "en_zeroshot_classification_templates.json"}[what]
         known = json.loads((resources.files("clip_benchmark") / "datasets" / file).read_text("utf-8").replace("{c}", "{}"))
         require_known(given, known, f"{what} = {given!r} is neither a list nor a known set")
         given = known[given]

@@ -63,12 +63,11 @@ def as_pairs(image: Any, text: Any, image_of_caption: Any) -> tuple[Tensor, Tens
     """Features of images and texts, L2-normalised, and the image of each text, (M,) int64; None pairs row with row.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
+        ValueError: not one image for each text, naming both numbers; an index outside ``image``; NaN or Inf.
+        RuntimeError: features of another width, from torch.
     """
     image, text = as_features(image, "image", normalise=True), as_features(text, "text", normalise=True)
-    pairs = range(len(text)) if image_of_caption is None else image_of_caption
-    if image.shape[1] != text.shape[1] or (image_of_caption is None and len(image) != len(text)):
-        raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} do not fit, or image_of_caption is missing")
+    pairs = range(len(image)) if image_of_caption is None else image_of_caption
     return image, text, torch.as_tensor(as_labels(pairs, len(text), "image_of_caption", below=len(image)), device=image.device).long()
 
 
@@ -170,7 +169,7 @@ def classifier(encode_text: Callable[[list[str]], Tensor], class_names: Sequence
     Args:
         encode_text: n texts -> (n, d), L2-normalised.
         class_names: C names.
-        templates: texts with ``{}`` where the name goes, see :func:`protoclip_lab.data.downstream.templates`.
+        templates: texts with ``{}`` where the name goes, see :func:`protoclip_lab.data.downstream.listed`.
 
     Returns:
         (d, C) float32, as open_clip.build_zero_shot_classifier gives it.
@@ -224,7 +223,8 @@ def retrieval(image: Any, text: Any, image_of_caption: Any, *, draws: int = 0, s
         "image_to_text_R@1", "…@5", "…@10", "text_to_image_R@1", "…@5", "…@10", and "mean_recall", the mean of the six.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; an index outside ``image``; NaN or Inf.
+        ValueError: not one image for each text, naming both numbers; an index outside ``image``; NaN or Inf.
+        RuntimeError: features of another width, from torch.
     """
     image, text, owner = as_pairs(image, text, image_of_caption)
     own_score = (image[owner] * text).sum(dim=1)
@@ -270,7 +270,8 @@ def modality_gap(image: Any, text: Any, *, image_of_caption: Any = None, draws: 
         - "image_std", "text_std": standard deviation of a dimension, averaged over dimensions.
 
     Raises:
-        ValueError: shapes that do not fit, naming both; NaN or Inf.
+        ValueError: not one image for each text, naming both numbers; NaN or Inf.
+        RuntimeError: features of another width, from torch.
 
     Source: Liang et al., "Mind the Gap", NeurIPS 2022 (arXiv 2203.02053).
     """
@@ -327,9 +328,7 @@ def gap_sweep(image: Any, text: Any, measure: Callable[[Tensor, Tensor], Estimat
     return {f"{name}@{share:+.2f}": v for share, values in found.items() for name, v in values.items() if name in SWEPT}
 
 
-def linear_probe(
-    train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, seed: int = 0, scaling: str = "standardise", draws: int = 0
-) -> Estimates:
+def linear_probe(train_x, train_y, test_x, test_y, *, seed: int = 0, scaling: str = "standardise", draws: int = 0) -> Estimates:
     """Multinomial logistic regression on frozen features, counted on test.
 
     Minimises ``mean cross-entropy + strength/2 · ‖W‖²`` (the intercept is free) by L-BFGS, on a GPU where there is
@@ -375,7 +374,7 @@ def linear_probe(
     return {**accuracy({"accuracy": predicted == test_y}, test_y, draws, seed), "strength": Estimate(strength)}
 
 
-def knn(train_x: Any, train_y: Any, test_x: Any, test_y: Any, *, k: int = 20, draws: int = 0, seed: int = 0) -> Estimates:
+def knn(train_x, train_y, test_x, test_y, *, k: int = 20, draws: int = 0, seed: int = 0) -> Estimates:
     """Majority vote of the k nearest rows of train by cosine (all of train where it has fewer), counted on test.
 
     Of classes with as many votes the first in sorted order wins. Shapes, errors, draws and seed as

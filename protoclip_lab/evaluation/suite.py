@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from protoclip_lab import clustering, encoders, evaluation, prototypes
+from protoclip_lab import encoders, evaluation, prototypes
 from protoclip_lab.config import Settings, require, require_known
 from protoclip_lab.data import downstream, shapes
 from protoclip_lab.data.downstream import Labelled, PairImages
@@ -44,7 +44,7 @@ class EvaluationSet(Settings):
     train_where: dict[str, Any] = Field(default_factory=dict, description="the same, rows to fit probes on")
     label: str = Field("", description="column of the table with each image's class")
     classes: list[str] | str = Field("", description="class names in sorted order, or a known set")
-    templates: list[str] | str = Field(["a photo of a {}."], description="prompts with {}, or a known set's name")
+    templates: list[str] | str = Field(["a photo of a {}."], min_length=1, description="prompts with {}, or a known set's name")
     scaling: Literal["standardise", "l2"] = Field("standardise", description="of features for the linear probe")
     measures: list[str] = Field(default_factory=list, description="what to measure; empty takes all that apply")
 
@@ -53,8 +53,10 @@ class EvaluationSet(Settings):
         if self.root:
             require_known(self.name, downstream.KNOWN, f"no set is known as {self.name!r}")
         require([self.root, self.images, self.table].count("") == 2, f"evaluation set {self.name!r} needs one of images, table, root")
-        self.classes = downstream.class_names(self.classes or [])
-        self.templates = downstream.templates(downstream.KNOWN.get(self.root and self.name, {}).get("templates", self.templates))
+        self.classes = downstream.listed("classes", self.classes or [])
+        known = downstream.KNOWN.get(self.root and self.name, {})
+        self.templates = downstream.listed("templates", known.get("templates", self.templates))
+        require(all("{}" in template for template in self.templates), f"templates {self.templates}: each needs {{}} for the class")
         _check(self.measures)
         return self
 
@@ -64,9 +66,7 @@ def _check(measures: Sequence[str]) -> None:
         require_known(measure, MEASURES, f"measure {measure!r} is none of {MEASURES}")
 
 
-def evaluate(
-    model: TwoTowers, sets: Sequence, folder: Path, *, measures: Sequence = (), records: Sequence = (), seed: int = 0, draws: int = 1000
-) -> list[dict[str, Any]]:
+def evaluate(model: TwoTowers, sets: Sequence, folder: Path, *, measures=(), records=(), seed=0, draws=1000) -> list[dict[str, Any]]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
     Args:
@@ -169,8 +169,8 @@ def _measured(measure: str, given: EvaluationSet, test: Labelled, train: Any, fe
         return probe(x, train_y, z, test_y, **options)
     if measure == "grouping":
         found = evaluation.grouping(z, labels, seeds=3, **options) | evaluation.separation(z, labels, **options)
-        if (own := prototypes.of_modality(records, "image")) is not None:
-            matched = evaluation.agreement(clustering.nearest(h, own), labels, **options)
+        if own := prototypes.among(records, "image"):
+            matched = evaluation.agreement(own.labels_of(slice(None), h), labels, **options)
             found |= {f"prototypes_{name}": value for name, value in matched.items()}
         return found
     weights = evaluation.classifier(lambda texts: features(texts)["0"], test.class_names, given.templates)
@@ -202,9 +202,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]
 
 
-def evaluate_checkpoint(
-    checkpoint: str | Path, output: str | Path = "", *, datasets: Sequence = (), data_root: str = "", sets: Sequence = (), **options
-) -> pd.DataFrame:
+def evaluate_checkpoint(checkpoint: str | Path, output="", *, datasets=(), data_root="", sets=(), **options) -> pd.DataFrame:
     """Evaluate a checkpoint and keep the rows in its run's ``evaluation.jsonl``, all of them as ``evaluation.csv``.
 
     Args:
@@ -263,9 +261,7 @@ def watch(run: str | Path, *, interval: float = 5.0, **options: Any) -> Iterator
         # Those of interruptions go when a later one is there.
         for checkpoint in [c for c in run.checkpoints() if c.name not in done and "_step_" not in c.name]:
             seen.add(checkpoint.name)
-            if wrong := damaged_files(checkpoint):
-                log.warning("checkpoint %s is damaged (%s) and is passed over", checkpoint, ", ".join(wrong))
-            else:
+            if not damaged_files(checkpoint):
                 evaluate_checkpoint(checkpoint, **options)
                 yield run.evaluations()
         time.sleep(0 if finished else interval)

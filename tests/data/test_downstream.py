@@ -10,6 +10,7 @@ from PIL import Image
 
 from protoclip_lab.data import downstream
 from protoclip_lab.data.pairs import prepare
+from protoclip_lab.evaluation.suite import EvaluationSet
 
 CLASSES = ["017.Blue_Jay", "ApplyEyeMakeup", "cow"]
 
@@ -130,10 +131,10 @@ def test_fingerprint_of_a_table_tells_its_image_root(pairs, tmp_path):
 
 
 def test_known_templates_are_given_and_faulty_ones_refused():
-    assert "a photo of a {}." in downstream.templates("cifar10")
+    assert "a photo of a {}." in downstream.listed("templates", "cifar10")
     for faulty, message in {"imagenets": "nearest valid name is 'imagenet1k'", ("a {}", "photo"): "'photo'", (): "at least"}.items():
         with pytest.raises(ValueError, match=message):
-            downstream.templates(faulty)
+            EvaluationSet(name="animals", images="animals", templates=faulty if isinstance(faulty, str) else [*faulty])
 
 
 def test_cifar10_tar_has_its_ten_classes(cifar10):

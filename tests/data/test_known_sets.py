@@ -177,7 +177,7 @@ def test_each_image_has_the_label_it_shows(request, row):
         assert part.classes == parts[0].classes
     assert len({part.images.fingerprint for part in parts}) == len(parts)
     assert len({image for part in parts for image in part.images.names}) == sum(sizes) + train
-    assert len(downstream.templates(KNOWN[name]["templates"])) == templates
+    assert len(downstream.listed("templates", KNOWN[name]["templates"])) == templates
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:dtype")  # of CIFAR's pickles, in NumPy
@@ -201,14 +201,14 @@ def test_torchvision_reads_the_same(other, monkeypatch, kind, part):
 
 def test_names_and_prompts_are_those_of_clip(authors):
     assert known("imagenet", authors)[0].class_names == list(open_clip.IMAGENET_CLASSNAMES)
-    assert downstream.templates("imagenet1k") == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert downstream.listed("templates", "imagenet1k") == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     path = resources.files("clip_benchmark") / "datasets" / "en_zeroshot_classification_templates.json"
     theirs = json.loads(path.read_text("utf-8")) | {"flowers102": ["a photo of a {c}, a type of flower."]}
     for name in ("cifar10", "cifar100", "stl10", "country211", "gtsrb", "flowers102"):
         prompts = [prompt.replace("{c}", "{}") for prompt in theirs[name]]
-        assert downstream.templates(KNOWN[name]["templates"]) == prompts
-    assert downstream.templates(KNOWN["stanford_cars"]["templates"])[3] == "i love my {}!"
-    assert downstream.templates(KNOWN["ucf101"]["templates"])[-1] == "a demonstration of the person practicing {}."
+        assert downstream.listed("templates", KNOWN[name]["templates"]) == prompts
+    assert downstream.listed("templates", KNOWN["stanford_cars"]["templates"])[3] == "i love my {}!"
+    assert downstream.listed("templates", KNOWN["ucf101"]["templates"])[-1] == "a demonstration of the person practicing {}."
     countries = known("country211", authors)[0].class_names
     for code, country in {"AD": "Andorra", "CH": "Switzerland", "KR": "South Korea", "XK": "Kosovo"}.items():
         assert countries[COUNTRIES.index(code)] == country
@@ -254,7 +254,7 @@ def test_class_lists_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="43 class names are given for the 42 classes"):
         known("gtsrb", tmp_path)
     # In the order of its own index, not of the folders.
-    class_folders(tmp_path / "flowers102" / "test", downstream.class_names("flowers"))
+    class_folders(tmp_path / "flowers102" / "test", downstream.listed("classes", "flowers"))
     with pytest.raises(ValueError, match="class name 0 is 'pink primrose', .* 'air plant': lists must agree"):
         known("flowers102", tmp_path)
     cifar_file(tmp_path / "cifar-10-batches-py" / "test_batch", [3, 10])

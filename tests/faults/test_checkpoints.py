@@ -40,7 +40,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(file, d
     broken = run.checkpoints()[-1]
     replace(broken / file, DAMAGE[damage]((broken / file).read_bytes()))
     assert run.latest.name == "episode_0002"
-    assert f"{broken} is damaged (" in caplog.text and "taking the one before" in caplog.text
+    assert f"{broken} is damaged (" in caplog.text and "it is passed over" in caplog.text
     with pytest.raises(ValueError, match=f"{broken} is damaged: take the one before"):
         evaluate_checkpoint(broken)
 

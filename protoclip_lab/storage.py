@@ -2,24 +2,28 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 
 @contextmanager
-def reading(path: Path, remedy: str, problem="is broken, missing or was never finished", kind=ValueError) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Give the error of a full disk, which names no file, the file's name and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}): make room, then do it again") from error
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
     """Give the error of a broken file, which names no file, the file's name and the remedy."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise kind(f"{path} {problem} ({error}). {remedy}") from error
-
-
-def writing(path: Path) -> AbstractContextManager:
-    """Give the error of a full disk, which names no file, the file's name and the remedy."""
-    return reading(path, "Make room, then do it again", "could not be written", OSError)
+    except (OSError, LookupError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is broken, missing or was never finished ({error}). {remedy}") from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -133,8 +133,7 @@ def of(features: str, pairs: Pairs) -> np.ndarray:
         name = f"column {features!r} of {pairs.source}"
         vectors = [np.fromstring((vector or "")[1:-1], np.float32, sep=",") for vector in pairs.column(features)]
         for row, vector in enumerate(vectors):
-            numbers = f"{name}: row {row} has {len(vector)} numbers, row 0 has {len(vectors[0])}"
-            require(0 < len(vector) == len(vectors[0]), f"{numbers}. Mend it.")
+            require(0 < len(vector) == len(vectors[0]), f"{name}: row {row} has {len(vector)} numbers, row 0 has {len(vectors[0])}")
         return _checked(np.stack(vectors), name, "Mend it")
     if features.endswith(".npy"):
         return load(features, pairs)

@@ -27,7 +27,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from protoclip_lab.config import TrainConfig, require, require_known
 from protoclip_lab.randomness import numpy_generator
-from protoclip_lab.storage import write_json, write_text, writing
+from protoclip_lab.storage import reading, write_json, write_text, writing
 
 BAD_ROWS = "bad_rows.jsonl"
 IMAGES = "images"  # of pairs that came with their images, one after the other
@@ -53,14 +53,15 @@ class Pairs(Sequence):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.about = about = json.loads((self.folder / "pairs.json").read_text())
-        self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
-        self.root = self.folder / about["root"]  # that root, or the folder itself
-        self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
-        self.columns = self._whole.column_names
-        # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
-        self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
-        self.image_ids = self._table["_image"].to_numpy()
+        with reading(self.folder, "Of another version, perhaps. Run 01_prepare_data again"):
+            self.about = about = json.loads((self.folder / "pairs.json").read_text())
+            self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
+            self.root = self.folder / about["root"]  # that root, or the folder itself
+            self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
+            self.columns = self._whole.column_names
+            # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
+            self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
+            self.image_ids = self._table["_image"].to_numpy()
 
     def __len__(self) -> int:
         return self._table.num_rows

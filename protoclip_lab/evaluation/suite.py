@@ -66,7 +66,7 @@ def _check(measures: Sequence[str]) -> None:
         require_known(measure, MEASURES, f"measure {measure!r} is none of {MEASURES}")
 
 
-def evaluate(model: TwoTowers, sets: Sequence, folder: Path, *, measures=(), records=(), seed=0, draws=1000) -> list[dict[str, Any]]:
+def evaluate(model: TwoTowers, sets: Sequence, folder: Path, *, measures: Sequence = (), records=(), seed=0, draws=1000) -> list[dict]:
     """Every measure of every set, by the model's z_I and z_T; each image is encoded once, also for several sets.
 
     Args:
@@ -202,7 +202,7 @@ def default_sets(run: Run) -> list[dict[str, Any]]:
     return [*factors, {"name": "shapes", "measures": ["retrieval", "gap", "gap_sweep"], **world}]
 
 
-def evaluate_checkpoint(checkpoint: str | Path, output="", *, datasets=(), data_root="", sets=(), **options) -> pd.DataFrame:
+def evaluate_checkpoint(checkpoint: str | Path, output: str | Path = "", *, datasets=(), data_root="", sets=(), **more) -> pd.DataFrame:
     """Evaluate a checkpoint and keep the rows in its run's ``evaluation.jsonl``, all of them as ``evaluation.csv``.
 
     Args:
@@ -214,7 +214,7 @@ def evaluate_checkpoint(checkpoint: str | Path, output="", *, datasets=(), data_
         data_root: the folder that holds them.
         sets: further ones, settings of :class:`EvaluationSet`; without any and without a data root a run's
             :func:`default_sets` are taken.
-        options: measures, seed and draws of :func:`evaluate`.
+        more: measures, seed and draws of :func:`evaluate`.
 
     Returns:
         A row for each data set and measure: checkpoint, dataset, measure, value, low, high.
@@ -228,10 +228,10 @@ def evaluate_checkpoint(checkpoint: str | Path, output="", *, datasets=(), data_
     run = Run(home) if (home / "config.json").exists() and not (home / "open_clip_config.json").exists() else None
     source = run.checkpoint("" if home == path else path) if run else checkpoint
     require(run or output, f"{checkpoint} belongs to no run: name a folder for its results (output; --out FOLDER)")
-    chosen = _chosen(run, datasets, data_root, sets, **options)
+    chosen = _chosen(run, datasets, data_root, sets, **more)
     output, home = Path(output or home), home if run else Path(output)
     records = prototypes.load(source) if run else []
-    rows = evaluate(encoders.load(source).to(encoders.best_device()), chosen, home, records=records, **options)
+    rows = evaluate(encoders.load(source).to(encoders.best_device()), chosen, home, records=records, **more)
     require(rows, f"none of {[given.name for given in chosen]} is there and has what the measures need")
     rows = [{"checkpoint": source.name if run else str(checkpoint), **row} for row in rows]
     output.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ FULL = {
 def refused(status, said, path):
     assert status == 1 and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "Make room, then do it again" in last and str(path) in last, last
+    assert last.startswith("error: ") and "make room, then do it again" in last and str(path) in last, last
 
 
 @pytest.mark.parametrize("what", FULL if ALL else ["weights", "metrics"])
@@ -90,7 +90,7 @@ def test_evaluations_keep_their_old_rows(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(storage.Path, "write_text", half)
-    with pytest.raises(OSError, match=r"evaluation\.jsonl could not be written \(.*No space left on device\)\. Make room"):
+    with pytest.raises(OSError, match=r"evaluation\.jsonl could not be written \(.*No space left on device\): make room"):
         record_evaluations(tmp_path, [row | {"value": 2.0}])
     assert json.loads((tmp_path / "evaluation.jsonl").read_text()) == row
 
@@ -125,7 +125,7 @@ def test_teacher_features(room, table, tmp_path, small_disk, monkeypatch):
     how = {"model": "m", "dim": None, "batch_size": 10}
     whole, _ = teachers.teach(tmp_path / "whole", str(pairs.folder), **how)
     disk = small_disk(room)
-    with pytest.raises(OSError, match=rf"{disk}/teacher.* could not be written \(.*\)\. Make room"):
+    with pytest.raises(OSError, match=rf"{disk}/teacher.* could not be written \(.*\): make room"):
         teachers.teach(disk, str(pairs.folder), **how)
     with pytest.raises(ValueError, match="never finished"):
         teachers.load(disk / "teacher.npy", pairs)

@@ -61,7 +61,7 @@ def train(config: TrainConfig | Mapping[str, Any], *, after_row: Callable[[Run],
             holds what was learnt; a second one stops at once, without.
     """
     config = TrainConfig.model_validate(config)
-    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ and not Path(config.run, "finished.json").exists():
         return _share_out(config, after_row)
     # accelerate keeps its state in a singleton that refuses a second run of another precision in one process.
     state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -19,6 +19,7 @@ ARMS = {
     # Twice as wide as the towers' embedding, 256 of RN-mini, as the paper's 2,048 are to RN50's 1,024.
     "rolling, heads of 512": {"objective": "protoclip", "prototypes": "rolling", "visits": 2, "projection_hidden": 512},
     "faithful": {"objective": "protoclip", "prototypes": "episode"},
+    "faithful, heads of 512": {"objective": "protoclip", "prototypes": "episode", "projection_hidden": 512},
     "faithful, extraction in bf16": {"objective": "protoclip", "prototypes": "episode", "extraction_precision": "bf16"},
 }
 WARM_UP = 2  # the first episode is InfoNCE alone in every arm; the second, the first with prototypes, warms up

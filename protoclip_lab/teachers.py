@@ -116,7 +116,12 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
-    return _checked(features, name, again)
+    if features.dtype != np.float32 or features.ndim != 2:
+        raise ValueError(f"{name} are {features.dtype} of shape {features.shape}, not float32 of shape (N, dim). {again}.")
+    # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
+    if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
+        raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")
+    return features
 
 
 def of(features: str, pairs: Pairs) -> np.ndarray:
@@ -129,28 +134,29 @@ def of(features: str, pairs: Pairs) -> np.ndarray:
     Raises:
         ValueError: a column whose vectors are missing, of different lengths or with NaN or Inf; or as :func:`load`.
     """
-    if features in pairs.columns:
-        name = f"column {features!r} of {pairs.source}"
-        vectors = [np.fromstring((vector or "")[1:-1], np.float32, sep=",") for vector in pairs.column(features)]
-        for row, vector in enumerate(vectors):
-            require(0 < len(vector) == len(vectors[0]), f"{name}: row {row} has {len(vector)} numbers, row 0 has {len(vectors[0])}")
-        return _checked(np.stack(vectors), name, "Mend it")
-    if features.endswith(".npy"):
+    if features.endswith(".npy") and features not in pairs.columns:
         return load(features, pairs)
     path = pairs.folder / hashlib.sha256(features.encode()).hexdigest()[:8] / "teacher.npy"
     with FileLock(f"{pairs.folder}.lock"):  # runs may share their table
-        if not path.with_suffix(".json").exists():
+        if not path.with_suffix(".json").exists() and features in pairs.columns:
+            path.parent.mkdir(exist_ok=True)
+            with writing(path):
+                np.save(path, _vectors(features, pairs))
+            write_json(path.with_suffix(".json"), {"table": str(pairs.source), "fingerprint": pairs.fingerprint})
+        elif not path.with_suffix(".json").exists():
             teach(path.parent, str(pairs.folder), model=features, dim=None)
     return load(path, pairs)
 
 
-def _checked(features: np.ndarray, name: str, remedy: str) -> np.ndarray:
-    kind = f"{features.dtype} of shape {features.shape}"
-    require(features.dtype == np.float32 and features.ndim == 2, f"{name} are {kind}, not float32 of shape (N, dim). {remedy}.")
-    # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
-    bad = ~np.isfinite(features.sum(axis=1, dtype=np.float64))
-    require(not bad.any(), f"{name}: row {bad.argmax()} holds NaN or Inf. {remedy}.")
-    return features
+def _vectors(column: str, pairs: Pairs) -> np.ndarray:
+    """A column of vectors, which came as texts."""
+    found = None
+    for row, text in enumerate(pairs.column(column)):
+        with reading(f"row {row} of column {column!r} of {pairs.source}", "Mend it"):
+            vector = np.array(json.loads(text or "null"), np.float32)
+            found = np.empty((len(pairs), *vector.shape), np.float32) if found is None else found
+            found[row] = vector.reshape(found[row].shape)
+    return found
 
 
 def _embed(visual: bool, items: Sequence, model: str, start: int = 0, *, batch_size: int = 128, **options) -> Iterator[np.ndarray]:

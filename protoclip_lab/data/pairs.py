@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +33,7 @@ from protoclip_lab.storage import reading, write_json, write_text, writing
 BAD_ROWS = "bad_rows.jsonl"
 IMAGES = "images"  # of pairs that came with their images, one after the other
 HUB = "hf://datasets/"
+SPLIT = r"(?<![a-z])(train|test|validation|valid|val|dev)(?![a-z])"  # as data sets name their files
 NO_PLACE = ""  # of an image that is a file of its own; else "file/offset/size", the file below the root
 NOTHING = pa.table({name: pa.array([], "int64" if name == "_row" else "string") for name in ("filepath", "title", "_row", "_at")})
 Position = tuple[int, int, int]  # passes done, shards done in this one, samples done in the next shard
@@ -177,11 +179,12 @@ class Shards:
 
     Args:
         source: a folder of WebDataset tars as img2dataset writes them (members of one name up to its first dot are one
-            sample); a Parquet file with images in it, or a folder of such; ``hf://datasets/NAME`` on the Hugging Face hub,
-            ``hf://datasets/NAME#CONFIGURATION`` where it has several.
+            sample); a Parquet file with images in it, or a folder of such, which may lie on the Hugging Face hub:
+            ``hf://datasets/NAME`` or a folder in it.
         columns: of image paths and captions. In tars "filepath", "title" (a sample's ``.txt``), or a field of its ``.json``;
-            elsewhere the column of the images themselves, and one of captions or of lists of them, a sample each.
-        where: column to value (or list of values); other samples are passed over. "split" is that of a data set.
+            in Parquet the column of the images themselves, and one of captions or of lists of them, a sample each.
+        where: column to value (or list of values); other samples are passed over. "split" is a column, or else what
+            files are named after.
         seed: shards come in another order in each pass; None leaves them in theirs.
 
     Attributes:
@@ -190,26 +193,25 @@ class Shards:
 
     def __init__(self, source: str, columns: Sequence[str], where: Mapping[str, object], seed: int | None = None) -> None:
         path, self.seed = Path(source), seed
-        tars = sorted(path.glob("*.tar"))
-        self.files = tars or sorted(path.rglob("*.parquet")) or [path] * (source.startswith(HUB) or _holds(path, columns[0]))
+        self.tars = sorted(path.glob("*.tar"))
+        self.files = self.tars or sorted(path.rglob("*.parquet")) or [path] * (source.startswith(HUB) or _holds(path, columns[0]))
         self.where = {name: [*map(str, wanted if isinstance(wanted, list | tuple) else [wanted])] for name, wanted in where.items()}
         # Images in tars are read where they lie, others are copied.
-        self.tars, root = tars, str(path.absolute()) if tars else ""
+        root = str(path.absolute()) if self.tars else ""
         self.about = {"source": source, "root": root, "columns": columns, "where": where}
+        self.system, self.place = fsspec.core.url_to_fs(source)
 
     @cached_property
-    def rows(self) -> datasets.IterableDataset:
-        """What is no tar, as the library reads it."""
-        source = self.about["source"]
-        name, _, configuration = source.removeprefix(HUB).partition("#")
-        how = ("parquet", None, None, source) if Path(source).is_file() else (name, configuration or None)
-        parts = datasets.load_dataset(*how, streaming=True)
-        chosen = self.where.pop("split", [*parts])
-        require({*chosen} <= {*parts} and len(chosen) == 1, f"{source} has 'split' with {[*parts]}: say which, where={{'split': ...}}")
-        return parts[chosen[0]].decode(False)
+    def parquets(self) -> list[tuple[str, str]]:
+        """Paths of files, and the split that each is named after."""
+        files = [file for file in self.system.find(self.place) if file.endswith(".parquet")]
+        named = [(re.search(SPLIT, file.removeprefix(self.place).lower()) or [""])[0] for file in files]
+        found = [each for each in zip(files, named, strict=True) if len({*named}) == 1 or each[1] in self.where.get("split", ())]
+        require(found, f"{self.about['source']} has Parquet files of 'split' {sorted({*named})}: say which, where={{'split': ...}}")
+        return found
 
     def __len__(self) -> int:
-        return len(self.tars) or self.rows.num_shards
+        return len(self.tars or self.parquets)
 
     def seek(self, position: Position) -> None:
         """Go to a place, from where one pass can be read at most."""
@@ -251,15 +253,22 @@ class Shards:
             past, shard, row = past + (shard + 1) // len(self), (shard + 1) % len(self), 0
 
     def _copied(self, shard: int) -> Iterator[tuple[dict[str, Any], str]]:
-        image, caption = self.about["columns"]
-        for number, row in enumerate(self.rows.shard(len(self), shard)):
-            for name in (image, caption):
-                require_known(name, row, f"{self.about['source']} has no column {name!r}")
-            found, captions = row[image], row[caption]
-            data = (found["bytes"] if isinstance(found, dict) else found) or b""
-            fields = {name: str(value) for name, value in row.items() if not isinstance(value, dict | bytes)}
-            for text in captions if isinstance(captions, list) else [captions]:
-                yield fields | {image: f"{shard}/{number}", caption: "" if text is None else str(text), "_at": data}, ""
+        (image, caption), (name, split) = self.about["columns"], self.parquets[shard]
+        with self.system.open(name) as file:
+            whole = parquet.ParquetFile(file)
+            for column in (image, caption):
+                require_known(column, whole.schema_arrow.names, f"{name} has no column {column!r}")
+            # Other pictures are not even read.
+            read = [c.name for c in whole.schema_arrow if c.name in (image, caption) or not re.search("binary|struct", str(c.type))]
+            batches = whole.iter_batches(64, columns=read, use_threads=False)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                found, captions = row[image], row[caption]
+                data = (found["bytes"] if isinstance(found, dict) else found) or b""
+                require(isinstance(data, bytes), f"column {image!r} of {name} holds no images")
+                fields = {"split": split} if "split" in self.where else {}
+                fields |= {key: None if value is None else str(value) for key, value in row.items() if key != image}
+                for text in (captions or [None]) if isinstance(captions, list) else [captions]:
+                    yield fields | {image: f"{shard}/{number}", caption: "" if text is None else str(text), "_at": data}, ""
 
 
 def prepare(
@@ -440,9 +449,10 @@ def _append(file: Path, image: bytes) -> str:
 
 
 def _holds(file: Path, column: str) -> bool:
-    """Whether a column of a Parquet file holds images, not their paths."""
+    """Whether a Parquet file holds images in this column, and not their paths."""
     schema = parquet.read_schema(file) if file.suffix.lower() == ".parquet" and file.is_file() else pa.schema([])
-    return column in schema.names and "binary" in str(schema.field(column).type)
+    binary = [field.name for field in schema if "binary" in str(field.type)]
+    return bool(binary) and (column in binary or column not in schema.names)
 
 
 def _members(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -460,13 +470,14 @@ def _members(shard: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 data = whole[start : start + size]
                 try:
                     if member.endswith("npy"):
-                        told = {member: np.lib.format.read_array(BytesIO(data), allow_pickle=False).tolist()}
+                        array = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
+                        told = {member: array.tolist()} if array.ndim == 1 else {}
                     else:
                         text = data.decode(errors="replace")
                         told = {"title": text} if member == "txt" else json.loads(text)
                     # JSON may hold halves of surrogate pairs, which are no text.
                     fields |= {name: "" if v is None else str(v).encode(errors="replace").decode() for name, v in told.items()}
-                except (ValueError, AttributeError) as error:
+                except Exception as error:  # a broken header may raise anything
                     fault = f"unreadable .{member}: {error}"
             yield fields | {"filepath": f"{shard.name}/{key}.{kind}", "_at": parts.get(kind, NO_PLACE)}, fault
 

@@ -5,11 +5,16 @@ import json
 import shutil
 import signal
 import sys
+import threading
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from faults.children import SERVER, assert_same
+from fsspec.implementations.local import LocalFileOpener
 from helpers import encoded, picture, run_training, toy_settings, train_and_die, write_shard
 
 from protoclip_lab import teachers
@@ -82,13 +87,15 @@ def test_a_folder_of_files_becomes_pairs_of_one_split(hub, tmp_path):
 def test_rows_are_chosen_by_their_other_columns_and_counted(hub, tmp_path):
     pairs = prepare(hub, tmp_path / "out", where={"split": "train", "kind": 1}, dataset_size=5, **COLUMNS)
     assert numbers(pairs) == [1, 3, 5, 7, 9]
+    both = prepare(hub, tmp_path / "both", where={"split": ["train", "test"]}, **COLUMNS)
+    assert numbers(both) == [*range(100, 110), *range(60)]
 
 
 def test_prepared_again_nothing_is_read_unless_a_file_changed(tmp_path, monkeypatch):
     write(tmp_path / "set" / "a.parquet", range(4))
     prepare(tmp_path / "set", tmp_path / "out", **COLUMNS)
     with monkeypatch.context() as closed:
-        closed.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked again"))
+        closed.setattr(Shards, "take", lambda *_, **__: pytest.fail("read again"))
         assert len(prepare(tmp_path / "set", tmp_path / "out", **COLUMNS)) == 4
     write(tmp_path / "set" / "b.parquet", range(4, 6))
     again = prepare(tmp_path / "set", tmp_path / "out", **COLUMNS)
@@ -138,10 +145,12 @@ def test_several_captions_share_their_image_and_what_cannot_be_used_is_listed(tm
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({}, r"'split' with \['train', 'test'\]: say which"),
-        ({"where": {"split": "trian"}}, r"'split' with \['train', 'test'\]"),
-        ({"where": {"split": ["train", "test"]}}, "say which"),
-        ({"where": {"split": "train"}, "image_column": "imag"}, "no column 'imag'; the nearest valid name is 'image'"),
+        ({}, r"Parquet files of 'split' \['test', 'train'\]: say which"),
+        ({"where": {"split": "trian"}}, r"Parquet files of 'split' \['test', 'train'\]"),
+        (
+            {"where": {"split": "train"}, "image_column": "imag"},
+            "train-00000-of-00005.parquet has no column 'imag'; the nearest valid name is 'image'",
+        ),
         ({"where": {"split": "train"}, "caption_column": "txt"}, "no column 'txt'; the nearest valid name is 'text'"),
     ],
 )
@@ -150,13 +159,56 @@ def test_a_split_or_column_that_is_not_there_is_named(wrong, named, hub, tmp_pat
         prepare(hub, tmp_path / "out", **COLUMNS | wrong)
 
 
-def test_the_hub_is_asked_by_name_and_configuration(hub, tmp_path, monkeypatch):
-    asked, load = [], datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **how: asked.append(name) or load(str(hub), **how))
+def test_a_data_set_is_asked_of_the_hub_by_its_name(hub, tmp_path, monkeypatch):
+    asked, local = [], fsspec.core.url_to_fs
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda source: asked.append(source) or local(str(hub)))
     pairs = prepare("hf://datasets/nobody/things", tmp_path / "out", where={"split": "test"}, **COLUMNS)
     assert numbers(pairs) == list(range(100, 110)) and pairs.source == "hf://datasets/nobody/things"
-    assert len(Shards("hf://datasets/nobody/things#small", ("image", "text"), {"split": "train"})) == 5
-    assert asked == [("nobody/things", None), ("nobody/things", "small")]
+    assert asked == ["hf://datasets/nobody/things"]
+
+
+def test_the_address_of_the_hub_is_understood():
+    # No network is needed until files are asked for.
+    shards = Shards("hf://datasets/nobody/things/small", ("image", "text"), {})
+    assert shards.files and type(shards.system).__name__ == "HfFileSystem" and shards.place == "datasets/nobody/things/small"
+
+
+# A folder whose name means something to a library, beside others.
+@pytest.mark.parametrize("name", ["set#default", "set[1]", "parquet", "my set", "test"])
+def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch):
+    for number, folder in enumerate((name, "set", "set1", "other")):
+        write(tmp_path / folder / "a.parquet", range(10 * number, 10 * number + 3))
+    (tmp_path / name / "about.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert numbers(prepare(name, tmp_path / "out", **COLUMNS)) == [0, 1, 2]
+    monkeypatch.chdir(tmp_path / "set")
+    assert_pictures(Pairs(tmp_path / "out"))
+
+
+def test_a_column_that_is_called_split_is_asked_before_the_names_of_files(tmp_path):
+    table = pa.table(
+        {"image": [encoded(i) for i in range(6)], "text": [f"caption {i}" for i in range(6)], "split": ["train", "val", "test"] * 2}
+    )
+    pa.parquet.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    assert numbers(prepare(tmp_path, tmp_path / "a", where={"split": "train"}, **COLUMNS)) == [0, 3]
+    assert numbers(prepare(tmp_path, tmp_path / "b", where={"split": ["val", "test"]}, **COLUMNS)) == [1, 2, 4, 5]
+    with pytest.raises(ValueError, match=r"'split' with \['train', 'val', 'test'\]: say which"):
+        prepare(tmp_path, tmp_path / "c", **COLUMNS)
+
+
+def test_paths_in_place_of_images_are_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    pa.parquet.write_table(pa.table({"image": ["a.png"], "text": ["a"]}), tmp_path / "set" / "a.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' of .*a\.parquet holds no images"):
+        prepare(tmp_path / "set", tmp_path / "out", **COLUMNS)
+
+
+def test_files_are_read_in_this_thread_alone(hub, tmp_path, monkeypatch):
+    """A reading thread that is left in the middle of a Python file crashes the interpreter, or hangs it, as it ends."""
+    readers, read = set(), LocalFileOpener.read
+    monkeypatch.setattr(LocalFileOpener, "read", lambda *arguments: readers.add(threading.get_ident()) or read(*arguments))
+    assert len(prepare(hub, tmp_path / "out", where={"split": "train"}, dataset_size=5, **COLUMNS)) == 5
+    assert readers == {threading.get_ident()}
 
 
 # --- streams
@@ -258,9 +310,9 @@ def test_a_pickle_among_them_is_listed_and_never_loaded(tars, tmp_path):
 @pytest.mark.parametrize(
     "last, named",
     [
-        (np.full(5, np.nan, np.float32), "row 4 holds NaN or Inf"),
-        (np.zeros(3, np.float32), "row 4 has 3 numbers, row 0 has 5"),
-        (None, "column 'clip.npy' of .*set: row 4 has 0 numbers"),
+        (np.full(5, np.nan, np.float32), "row 4 of column 'clip.npy' of .*set is broken"),
+        (np.zeros(3, np.float32), "row 4 of column 'clip.npy' of .*set is broken.* size 3 into shape \\(5,\\)"),
+        (None, "row 4 of column 'clip.npy' of .*set is broken"),
     ],
 )
 def test_vectors_that_are_missing_or_unlike_the_others_are_refused(last, named, tars, tmp_path):

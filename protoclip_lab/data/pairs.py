@@ -255,7 +255,7 @@ class Shards:
     def _copied(self, shard: int) -> Iterator[tuple[dict[str, Any], str]]:
         (image, caption), (name, split) = self.about["columns"], self.parquets[shard]
         with self.system.open(name) as file:
-            whole = parquet.ParquetFile(file)
+            whole = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
             for column in (image, caption):
                 require_known(column, whole.schema_arrow.names, f"{name} has no column {column!r}")
             # Other pictures are not even read.

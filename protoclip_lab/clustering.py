@@ -26,17 +26,7 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    features: Tensor,
-    k: int,
-    *,
-    iterations: int = 20,
-    restarts: int = 1,
-    seed: int = 0,
-    init: Tensor | None = None,
-    tolerance: float = 0.0,
-    balanced: bool = False,
-    engine: str = "auto",
-    share_above: int | None = None,
+    features: Tensor, k, *, iterations=20, restarts=1, seed=0, init=None, tolerance=0.0, balanced=False, engine="auto", share_above=None
 ) -> Clusters:
     """Euclidean k-means on the features as given, all rows used, best of several restarts.
 
@@ -45,18 +35,18 @@ def kmeans(
 
     Args:
         features: (N, d), computed in float32.
-        k: number of clusters, 1 ≤ k ≤ N.
+        k: number of clusters, an int, 1 ≤ k ≤ N.
         iterations: Lloyd iterations.
         restarts: independent starts, the one with the lowest objective is returned; 1 when ``init`` is given.
         seed: same seed and threads give the same bits on the CPU.
-        init: (k, d) initial centroids; None draws k distinct rows.
+        init: (k, d) tensor of initial centroids; None draws k distinct rows.
         tolerance: stop before ``iterations`` when one lowers the objective by less than this share (faiss before
             1.15 knows none and makes them all).
         balanced: clusters of about one size by Sinkhorn's assignment, see :func:`balance`; then labels are not the
             nearest centroids, and the engine is "torch".
         engine: "faiss" (CPU, and GPUs with the GPU build), "torch" (blocked, on the features' device), or
             "auto": faiss, except on a GPU for which faiss has no build.
-        share_above: given by all processes of a group that call this at once, with the same features: where N·k is
+        share_above: an int, given by all processes of a group that call this at once, with the same features: where N·k is
             above it, each assigns a part of the rows in every iteration (by the engine "torch"); below, the first
             process clusters and the others receive. None is for one process alone.
 

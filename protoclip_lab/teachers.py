@@ -53,9 +53,7 @@ def extract(captions: Sequence[str], model: str, *, dim: int | None = 64, **opti
     return _reduce(np.concatenate([*_embed(False, distinct, model, **options)]), index, dim)
 
 
-def teach(
-    output: str | Path, table: str = "shapes", *, model: str, dim: int | None = 64, pooling: str = "mean", batch_size: int = 128, **data
-) -> tuple[Path, Pairs]:
+def teach(output: str | Path, table="shapes", *, model: str, dim=64, pooling="mean", batch_size=128, **data) -> tuple[Path, Pairs]:
     """Write the teacher features of a table to ``output/teacher.npy``, one row per pair, and a JSON that says what they are.
 
     Embeddings of the distinct captions or images go block by block to a file ``teacher.KEY.partial``, the number done to
@@ -116,8 +114,7 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
-    if features.dtype != np.float32 or features.ndim != 2:
-        raise ValueError(f"{name} are {features.dtype} of shape {features.shape}, not float32 of shape (N, dim). {again}.")
+    require(features.dtype == "f4" and features.ndim == 2, f"{name}: {features.dtype} {features.shape}, not float32 (N, dim). {again}.")
     # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
     if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
         raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")

@@ -234,8 +234,7 @@ class Shards:
                 bad.append((position[-1], fields["filepath"], fault))
             elif all(fields.get(name) in values for name, values in self.where.items()):
                 if not self.tars:
-                    path = fields[image]
-                    places[path] = fields["_at"] = places.get(path) or _append(folder / IMAGES, fields["_at"])
+                    fields["_at"] = places[fields[image]] = places.get(fields[image]) or _append(folder / IMAGES, fields["_at"])
                 rows.append(fields | {"_row": position[-1]})
             if len(rows) == most:
                 break

@@ -131,11 +131,11 @@ def of(features: str, pairs: Pairs) -> np.ndarray:
     Raises:
         ValueError: a column whose vectors are missing, of different lengths or with NaN or Inf; or as :func:`load`.
     """
-    if features.endswith(".npy") and features not in pairs.columns:
+    if features.endswith(".npy") and features not in pairs.whole.column_names:
         return load(features, pairs)
     path = pairs.folder / hashlib.sha256(features.encode()).hexdigest()[:8] / "teacher.npy"
     with FileLock(f"{pairs.folder}.lock"):  # runs may share their table
-        if not path.with_suffix(".json").exists() and features in pairs.columns:
+        if not path.with_suffix(".json").exists() and features in pairs.whole.column_names:
             path.parent.mkdir(exist_ok=True)
             with writing(path):
                 np.save(path, _vectors(features, pairs))
@@ -148,9 +148,9 @@ def of(features: str, pairs: Pairs) -> np.ndarray:
 def _vectors(column: str, pairs: Pairs) -> np.ndarray:
     """A column of vectors, which came as texts."""
     found = None
-    for row, text in enumerate(pairs.column(column)):
+    for row, text in enumerate(pairs.whole[column]):
         with reading(f"row {row} of column {column!r} of {pairs.source}", "Mend it"):
-            vector = np.array(json.loads(text or "null"), np.float32)
+            vector = np.array(json.loads(text.as_py() or "null"), np.float32)
             found = np.empty((len(pairs), *vector.shape), np.float32) if found is None else found
             found[row] = vector.reshape(found[row].shape)
     return found

@@ -47,9 +47,9 @@ class Pairs(Sequence):
     Attributes:
         about: what ``pairs.json`` says.
         folder: where it lies, with ``pairs.json`` (source, fingerprint, counts) and ``bad_rows.jsonl``.
-        columns: the names of the table's columns.
         fingerprint: SHA-256 over (file path, caption) of the rows in order; teacher features are tied to it.
         source: the table it was made from.
+        whole: the table with all its columns, pyarrow.
         image_ids: (N,) int64, number of the distinct image of each row.
     """
 
@@ -59,10 +59,9 @@ class Pairs(Sequence):
             self.about = about = json.loads((self.folder / "pairs.json").read_text())
             self.fingerprint, self.source, self.bad_rows = about["fingerprint"], about["source"], about["bad_rows"]
             self.root = self.folder / about["root"]  # that root, or the folder itself
-            self._whole = datasets.load_from_disk(str(self.folder / "table")).data.table
-            self.columns = self._whole.column_names
+            self.whole = datasets.load_from_disk(str(self.folder / "table")).data.table
             # In one piece, which is in this process's memory, what is asked for row by row; other columns stay in the files.
-            self._table = self._whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
+            self._table = self.whole.select(["filepath", "title", "_image", "_at"]).combine_chunks()
             self.image_ids = self._table["_image"].to_numpy()
 
     def __len__(self) -> int:
@@ -73,7 +72,7 @@ class Pairs(Sequence):
 
     def column(self, name: str) -> list:
         """All values of a column; ValueError if there is none of this name."""
-        return _column(self._whole, name, self.source).to_pylist()
+        return _column(self.whole, name, self.source).to_pylist()
 
     @property
     def captions(self) -> list[str]:
@@ -205,7 +204,7 @@ class Shards:
     def parquets(self) -> list[tuple[str, str]]:
         """Paths of files, and the split that each is named after."""
         files = [file for file in self.system.find(self.place) if file.endswith(".parquet")]
-        named = [(re.search(SPLIT, file.removeprefix(self.place).lower()) or [""])[0] for file in files]
+        named = ["".join(re.findall(SPLIT, file.removeprefix(self.place).lower())[-1:]) for file in files]
         found = [each for each in zip(files, named, strict=True) if len({*named}) == 1 or each[1] in self.where.get("split", ())]
         require(found, f"{self.about['source']} has Parquet files of 'split' {sorted({*named})}: say which, where={{'split': ...}}")
         return found
@@ -266,8 +265,9 @@ class Shards:
                 require(isinstance(data, bytes), f"column {image!r} of {name} holds no images")
                 fields = {"split": split} if "split" in self.where else {}
                 fields |= {key: None if value is None else str(value) for key, value in row.items() if key != image}
+                fields |= {image: f"{name.removeprefix(self.place)}/{number}".strip("/"), "_at": data}
                 for text in (captions or [None]) if isinstance(captions, list) else [captions]:
-                    yield fields | {image: f"{shard}/{number}", caption: "" if text is None else str(text), "_at": data}, ""
+                    yield fields | {caption: "" if text is None else str(text)}, ""
 
 
 def prepare(

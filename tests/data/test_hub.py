@@ -76,7 +76,7 @@ def test_a_folder_of_files_becomes_pairs_of_one_split(hub, tmp_path):
     assert_pictures(pairs)
     assert pairs.column("kind") == [str(i % 2) for i in range(60)]
     # The other picture of a row is not written out as text.
-    assert "mask" not in pairs.columns
+    assert "mask" not in pairs.whole.column_names
     # Images are beside the table, wherever that is.
     shutil.move(tmp_path / "out", tmp_path / "moved")
     moved = Pairs(tmp_path / "moved")
@@ -137,8 +137,8 @@ def test_several_captions_share_their_image_and_what_cannot_be_used_is_listed(tm
     assert (tmp_path / "out" / "images").stat().st_size == sum(len(encoded(i)) for i in range(5)) + len(b"no image")
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert [(row["row"], row["filepath"], row["reason"].partition(":")[0]) for row in listed] == [
-        (2, "1/1", "empty caption"),
-        (3, "1/2", "unreadable image"),
+        (2, "b.parquet/1", "empty caption"),
+        (3, "b.parquet/2", "unreadable image"),
     ]
 
 

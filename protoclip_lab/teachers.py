@@ -114,7 +114,7 @@ def load(path: str | Path, pairs: Pairs) -> np.memmap:
         rows = f"have {len(features):,} rows, table {pairs.source} has {len(pairs):,}"
         other = f"{about['table']} (fingerprint {about['fingerprint'][:12]} ≠ {pairs.fingerprint[:12]})"
         raise ValueError(f"{name} {rows}: made from another table, {other}. {again}, or name the table they belong to.")
-    require(features.dtype == "f4" and features.ndim == 2, f"{name}: {features.dtype} {features.shape}, not float32 (N, dim). {again}.")
+    require(features.dtype == "f4" and features.ndim == 2, f"{name} are {features.dtype} {features.shape}, not float32 (N, d). {again}")
     # a float64 sum of float32 overflows nowhere: it is finite where all of the row is
     if (bad := ~np.isfinite(features.sum(axis=1, dtype=np.float64))).any():
         raise ValueError(f"{name}: row {bad.argmax()} holds NaN or Inf. {again}.")

@@ -449,7 +449,7 @@ def _append(file: Path, image: bytes) -> str:
 
 def _holds(file: Path, column: str) -> bool:
     """Whether a Parquet file holds images in this column, and not their paths."""
-    schema = parquet.read_schema(file) if file.suffix.lower() == ".parquet" and file.is_file() else pa.schema([])
+    schema = parquet.ParquetDataset(file).schema if file.suffix.lower() == ".parquet" and file.is_file() else pa.schema([])
     binary = [field.name for field in schema if "binary" in str(field.type)]
     return bool(binary) and (column in binary or column not in schema.names)
 

@@ -205,9 +205,9 @@ class Shards:
         """Paths of files, and the split that each is named after."""
         files = [file for file in self.system.find(self.place) if file.endswith(".parquet")]
         named = ["".join(re.findall(SPLIT, file.removeprefix(self.place).lower())[-1:]) for file in files]
-        found = [each for each in zip(files, named, strict=True) if len({*named}) == 1 or each[1] in self.where.get("split", ())]
-        require(found, f"{self.about['source']} has Parquet files of 'split' {sorted({*named})}: say which, where={{'split': ...}}")
-        return found
+        wanted = {*named} if len({*named}) == 1 else {*named}.intersection(self.where.get("split", ()))
+        require(wanted, f"{self.about['source']} has Parquet files of 'split' {sorted({*named})}: say which, where={{'split': ...}}")
+        return [each for each in zip(files, named, strict=True) if each[1] in wanted]
 
     def __len__(self) -> int:
         return len(self.tars or self.parquets)
